@@ -1,0 +1,53 @@
+"""An LLM engine for one tensor-parallel group. Knows token ids; not text, HTTP or Ray.
+
+A step: the `Scheduler` composes a `Batch` from the sequences and the free blocks; the `Executor` sends it to every
+rank's `Worker`; the `ModelRunner` turns it into device tensors and runs the model; the sampler draws tokens on the
+device; the `LLMEngine`, already one step ahead, delivers them as `TokenOutput`s.
+
+This module is the port: everything another package needs. It imports no torch; a worker does, when it is made.
+"""
+
+from engine.batch import Admission, Batch, StepOutput
+from engine.config import DeviceKind, EngineConfig
+from engine.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    NanoserveError,
+    RequestError,
+)
+from engine.executor import CacheCapacity, Executor
+from engine.llm_engine import LLMEngine, OutputSink
+from engine.model_config import DType, ModelConfig
+from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
+from engine.simulated_executor import SimulatedExecutor
+from engine.stats import EngineStats
+
+__all__ = [
+    "Admission",
+    "Batch",
+    "CacheCapacity",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "DType",
+    "DeviceKind",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineStats",
+    "Executor",
+    "FinishReason",
+    "LLMEngine",
+    "ModelConfig",
+    "NanoserveError",
+    "OutputSink",
+    "Request",
+    "RequestError",
+    "RequestId",
+    "SamplingParams",
+    "SimulatedExecutor",
+    "StepOutput",
+    "TokenLogprob",
+    "TokenOutput",
+]

@@ -1,0 +1,68 @@
+"""The plan of one step, as the scheduler sends it to every rank, and the result that comes back.
+
+A `Batch` is small and picklable: it names rows and blocks, never token values of running sequences, because those
+stay in each rank's token pool, a device table of shape [row, position]. A row's prompt, sampling parameters and
+block table travel once (an `Admission` and block updates); after that a decode costs three integers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.request import SamplingParams, TokenLogprob
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A sequence takes `row`: its tokens so far (prompt, then any generated ones) and how to sample.
+
+    The first `num_prompt_tokens` of `token_ids` [n] are the prompt; penalties look at the rest, seeds at positions.
+    """
+
+    row: int
+    token_ids: IntArray
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One step: S scheduled sequences, K of which sample a token from the logits of their last scheduled token.
+
+    `rows`, `starts`, `counts` [S]: sequence i computes tokens `starts[i] .. starts[i] + counts[i] - 1` of its row.
+    The first `num_decodes` sequences compute one token each; the others are prefill chunks. `sampled` [K] holds
+    indices into the S sequences, ascending; the token drawn for sequence i is written to the token pool at
+    `[rows[i], starts[i] + counts[i]]`. `block_updates` [U, 3] are (row, index in the row's block table, block id),
+    applied before the step, after the admissions.
+    """
+
+    step: int
+    admissions: tuple[Admission, ...]
+    block_updates: IntArray
+    rows: IntArray
+    starts: IntArray
+    counts: IntArray
+    num_decodes: int
+    sampled: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step: the size of the dense batch."""
+        return int(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What rank 0 returns: the drawn tokens [K], in the order of `Batch.sampled`.
+
+    `logprobs` is None when no sequence of the batch asked for any; else one entry per drawn token, None for those
+    that did not ask. `device_seconds` is the time the ranks spent computing the step.
+    """
+
+    step: int
+    token_ids: IntArray
+    logprobs: tuple[TokenLogprob | None, ...] | None = None
+    device_seconds: float = 0.0

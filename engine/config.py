@@ -1,0 +1,79 @@
+"""`EngineConfig`: everything that decides how one tensor-parallel group runs, parsed once and frozen.
+
+It knows no file format: `cluster.config` reads recipes, `engine.model_config` reads checkpoints.
+"""
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from engine.errors import ConfigError
+from engine.model_config import DType, ModelConfig
+
+
+class DeviceKind(StrEnum):
+    """Where the ranks compute."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine: a model, its tensor-parallel group and its limits. Construction raises `ConfigError`.
+
+    `max_batch_tokens` is the dense batch B (NanoFlow, section 4.2.1): tokens computed per step. `max_sequences`
+    bounds the sequences running at once and the rows of the token pool. The KV cache of each rank takes
+    `cache_bytes` bytes, or, where that is None, `cache_fraction` of the memory that is free once the weights are
+    loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the machine's cores
+    divided by the ranks of this group).
+    """
+
+    model: ModelConfig
+    checkpoint: Path
+    dtype: DType
+    device: DeviceKind = DeviceKind.CPU
+    tensor_parallel: int = 1
+    max_model_len: int = 2048
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+    block_size: int = 16
+    cache_bytes: int | None = None
+    cache_fraction: float = 0.9
+    num_blocks: int | None = None
+    prefix_caching: bool = True
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in ("cache_bytes", "num_blocks", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {value}.")
+        if not 0 < self.cache_fraction <= 1:
+            raise ConfigError(f"cache_fraction must be in (0, 1], but is {self.cache_fraction}.")
+        if self.max_sequences > self.max_batch_tokens:
+            raise ConfigError(
+                f"max_sequences ({self.max_sequences}) must not exceed max_batch_tokens ({self.max_batch_tokens}): "
+                "every running sequence computes a token per step."
+            )
+        if self.max_model_len > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len ({self.max_model_len}) exceeds the {self.model.max_position_embeddings} positions "
+                "the model was made for (max_position_embeddings in config.json)."
+            )
+        self.model.check_tensor_parallel(self.tensor_parallel)
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        """Width of a row's block table."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def threads_per_rank(self) -> int:
+        """CPU threads each rank computes with."""
+        return self.num_threads or max(1, (os.cpu_count() or 1) // self.tensor_parallel)

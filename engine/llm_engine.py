@@ -1,0 +1,281 @@
+"""`LLMEngine`: the loop that schedules a step, has it executed, and delivers its tokens, one step ahead of the device.
+
+Step n+1 is composed and sent while step n runs; when n's tokens arrive they are appended, ends are detected, blocks
+freed and outputs delivered, and then n+2 is composed. All outputs of one step for one sink travel in one call, so
+that an ingress with hundreds of streams gets one message per step. Knows token ids; not text, HTTP, Ray or torch.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.batch import StepOutput
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, RequestError
+from engine.executor import CacheCapacity, Executor
+from engine.length_predictor import LengthPredictor
+from engine.request import FinishReason, Request, RequestId, TokenOutput
+from engine.scheduler import ScheduledStep, Scheduler
+from engine.sequence import Sequence
+from engine.stats import EngineStats
+
+
+class OutputSink(Protocol):
+    """Receives the outputs of the requests submitted with it; called on the engine's event loop, must not block."""
+
+    def put(self, outputs: list[TokenOutput]) -> None:
+        """Everything that one step produced for this sink's requests."""
+        ...
+
+    def fail(self, error: EngineDeadError) -> None:
+        """The engine died: no request of this sink will get another output."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenRequest:
+    sequence: Sequence
+    sink: OutputSink
+    stop_token_ids: frozenset[int]
+
+
+class LLMEngine:
+    """Serves requests with one executor. Create, `start`, then `submit` or `generate` from the same event loop."""
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self._config = config
+        self._executor = executor
+        self._open: dict[RequestId, _OpenRequest] = {}
+        self._wake = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+        self._death: EngineDeadError | None = None
+        self._num_submitted = 0
+        self._num_steps = 0
+        self._num_batch_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_dropped_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._device_seconds = 0.0
+        self._schedule_seconds = 0.0
+        self._busy_seconds = 0.0
+        self._queue_seconds = 0.0
+
+    async def start(self) -> CacheCapacity:
+        """Load the model, then serve; raises `ConfigError` for what cannot start."""
+        self._capacity = await asyncio.to_thread(self._executor.start)
+        self._blocks = BlockManager(
+            self._capacity.num_blocks, self._capacity.block_size, prefix_caching=self._config.prefix_caching
+        )
+        self._scheduler = Scheduler(
+            self._blocks,
+            LengthPredictor(self._config.max_model_len),
+            max_batch_tokens=self._config.max_batch_tokens,
+            max_sequences=self._config.max_sequences,
+        )
+        self._loop = asyncio.create_task(self._run(), name="engine step loop")
+        return self._capacity
+
+    def submit(self, request: Request, sink: OutputSink) -> None:
+        """Queue a request; its outputs go to `sink`. Raises `RequestError` for one that can never run."""
+        if self._death is not None:
+            raise self._death
+        self._check(request)
+        sampling = request.sampling
+        stop_token_ids = sampling.stop_token_ids
+        if not sampling.ignore_eos:
+            stop_token_ids |= self._config.model.eos_token_ids
+        sequence = Sequence(request, self._num_submitted, time.monotonic())
+        self._num_submitted += 1
+        self._open[request.request_id] = _OpenRequest(sequence, sink, stop_token_ids)
+        self._scheduler.add(sequence)
+        self._wake.set()
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+        """The outputs of one request, in order; leaving the iteration early aborts it."""
+        stream = _Stream()
+        self.submit(request, stream)
+        try:
+            while True:
+                output = await stream.get()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request.request_id)
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request now and free its blocks; unknown and finished ones are ignored."""
+        open_request = self._open.get(request_id)
+        if open_request is not None:
+            sequence = open_request.sequence
+            self._finish(sequence, FinishReason.ABORT)
+            last = TokenOutput(
+                request_id=request_id,
+                token_ids=(),
+                position=sequence.num_generated,
+                finish_reason=FinishReason.ABORT,
+            )
+            open_request.sink.put([last])
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine; cheap enough for every step."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=self._blocks.num_blocks,
+            num_used_blocks=self._blocks.num_used_blocks,
+            num_cached_blocks=self._blocks.num_cached_blocks,
+            block_size=self._blocks.block_size,
+            num_steps=self._num_steps,
+            num_batch_tokens=self._num_batch_tokens,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_discarded_tokens=self._num_dropped_tokens + scheduler.num_recomputed_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_finished=dict(self._finished),
+            device_seconds=self._device_seconds,
+            schedule_seconds=self._schedule_seconds,
+            busy_seconds=self._busy_seconds,
+            queue_seconds=self._queue_seconds,
+        )
+
+    async def close(self) -> None:
+        """Stop the loop and the ranks; requests still open fail. Idempotent."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+            self._die(EngineDeadError("The engine was closed."))
+        await asyncio.to_thread(self._executor.close)
+
+    async def _run(self) -> None:
+        in_flight: deque[tuple[ScheduledStep, asyncio.Future[StepOutput]]] = deque()
+        try:
+            while True:
+                scheduled = self._schedule()
+                if scheduled is not None:
+                    in_flight.append((scheduled, asyncio.ensure_future(self._executor.execute(scheduled.batch))))
+                if len(in_flight) > (0 if scheduled is None else 1):
+                    started = time.perf_counter()
+                    step, result = in_flight.popleft()
+                    output = await result
+                    self._busy_seconds += time.perf_counter() - started
+                    self._deliver(step, output)
+                elif scheduled is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except Exception as error:
+            cause = error if isinstance(error, EngineDeadError) else EngineDeadError(f"A step failed: {error!r}")
+            cause.__cause__ = error if cause is not error else error.__cause__
+            self._die(cause)
+        finally:
+            for _, result in in_flight:
+                result.cancel()
+
+    def _schedule(self) -> ScheduledStep | None:
+        started = time.perf_counter()
+        scheduled = self._scheduler.schedule(time.monotonic())
+        self._schedule_seconds += time.perf_counter() - started
+        return scheduled
+
+    def _deliver(self, step: ScheduledStep, output: StepOutput) -> None:
+        self._num_steps += 1
+        self._num_batch_tokens += step.batch.num_tokens
+        self._device_seconds += output.device_seconds
+        by_sink: dict[int, tuple[OutputSink, list[TokenOutput]]] = {}
+        for index, (sequence, token_id) in enumerate(zip(step.sampled, output.token_ids.tolist(), strict=True)):
+            open_request = self._open.get(sequence.request.request_id)
+            if open_request is None or open_request.sequence is not sequence:
+                self._num_dropped_tokens += 1  # it ended, by a stop or an abort, while this token was being drawn
+                continue
+            logprob = output.logprobs[index] if output.logprobs is not None else None
+            token = TokenOutput(
+                request_id=sequence.request.request_id,
+                token_ids=(token_id,),
+                position=sequence.num_generated,
+                finish_reason=self._append(open_request, token_id),
+                logprobs=None if logprob is None else (logprob,),
+                num_cached_tokens=sequence.num_cached_tokens,
+            )
+            by_sink.setdefault(id(open_request.sink), (open_request.sink, []))[1].append(token)
+        for sink, outputs in by_sink.values():
+            sink.put(outputs)
+
+    def _append(self, open_request: _OpenRequest, token_id: int) -> FinishReason | None:
+        sequence = open_request.sequence
+        if sequence.num_generated == 0 and sequence.scheduled_at is not None:
+            self._queue_seconds += sequence.scheduled_at - sequence.arrived_at
+        self._scheduler.append(sequence, token_id)
+        self._num_generated_tokens += 1
+        sampling = sequence.request.sampling
+        reason = None
+        if token_id in open_request.stop_token_ids and sequence.num_generated >= sampling.min_tokens:
+            reason = FinishReason.STOP
+        elif sequence.num_generated == sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._finish(sequence, reason)
+        return reason
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        del self._open[sequence.request.request_id]
+        self._scheduler.finish(sequence, reason)
+        self._finished[reason.value] += 1
+        self._wake.set()
+
+    def _check(self, request: Request) -> None:
+        prompt = request.prompt_token_ids
+        vocab_size = self._config.model.vocab_size
+        if request.request_id in self._open:
+            raise RequestError(f"Request id {request.request_id!r} is already being served.", "request_id")
+        if not prompt:
+            raise RequestError("The prompt is empty; give at least one token.", "prompt")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise RequestError(f"The prompt has token ids outside the vocabulary 0..{vocab_size - 1}.", "prompt")
+        request.sampling.validate(vocab_size)
+        length = len(prompt) + request.sampling.max_tokens
+        if length > self._config.max_model_len:
+            raise RequestError(
+                f"This model's maximum context length is {self._config.max_model_len} tokens. However, you requested "
+                f"{length} tokens ({len(prompt)} in the prompt, {request.sampling.max_tokens} to generate).",
+                "prompt",
+                "context_length_exceeded",
+            )
+        if length > self._capacity.num_tokens:
+            raise RequestError(
+                f"The KV cache holds {self._capacity.num_tokens} tokens; this request may need {length}.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+
+    def _die(self, error: EngineDeadError) -> None:
+        self._death = error
+        sinks = {id(open_request.sink): open_request.sink for open_request in self._open.values()}
+        self._open.clear()
+        for sink in sinks.values():
+            sink.fail(error)
+
+
+class _Stream:
+    """The sink behind `LLMEngine.generate`."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[TokenOutput | EngineDeadError] = asyncio.Queue()
+
+    def put(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            self._queue.put_nowait(output)
+
+    def fail(self, error: EngineDeadError) -> None:
+        self._queue.put_nowait(error)
+
+    async def get(self) -> TokenOutput:
+        item = await self._queue.get()
+        if isinstance(item, EngineDeadError):
+            raise item
+        return item

@@ -1,0 +1,306 @@
+"""`Scheduler`: which sequences compute which tokens in the next step.
+
+Continuous batching with a constant dense batch: every running sequence decodes one token, and prefill, cut at token
+granularity, fills the rest (NanoFlow, section 4.2.1; Sarathi's chunked prefill). It knows sequences, rows, blocks and
+a token budget; it knows no token that is still on the device, no clock and no executor, so it runs as well in a
+simulation. Per-step Python work is proportional to what changed; what every decode needs is a NumPy operation.
+"""
+
+import heapq
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.batch import Admission, Batch, IntArray
+from engine.block_manager import BlockManager
+from engine.length_predictor import LengthPredictor
+from engine.peak_use import PeakUse
+from engine.request import FinishReason
+from engine.row_table import RowTable
+from engine.sequence import Sequence, SequenceStatus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledStep:
+    """A batch for the executor, and the sequences whose tokens will come back, in the order of `Batch.sampled`."""
+
+    batch: Batch
+    sampled: list[Sequence]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chunk:
+    """Tokens `start .. start + count - 1` of a sequence's prompt (or of all its tokens, after a preemption)."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Sequences wait by priority and arrival, are admitted when their predicted peak fits, then run to the end.
+
+    A sequence is never scheduled past its limit, so only an end-of-sequence token, seen one step late, wastes a token.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        predictor: LengthPredictor,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        self._blocks = blocks
+        self._predictor = predictor
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._decoding: dict[int, Sequence] = {}
+        self._rows = RowTable(max_sequences)
+        self._num_finished_waiting = 0
+        self._step = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_prompt_tokens = 0
+        self.num_recomputed_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a row."""
+        return len(self._waiting) - self._num_finished_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a row."""
+        return len(self._rows.sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose longest possible length fits the cache."""
+        heapq.heappush(self._waiting, sequence)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, whatever it is doing; a step in flight may still compute a token of it, to be dropped.
+
+        Its blocks are free at once: a later step that reuses them runs after the step in flight.
+        """
+        if sequence.status is SequenceStatus.WAITING:
+            self._num_finished_waiting += 1
+        else:
+            self._leave_row(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        if reason is not FinishReason.ABORT:
+            self._predictor.observe(sequence.num_generated)
+
+    def append(self, sequence: Sequence, token_id: int) -> None:
+        """A token of the sequence came back; blocks that it completes become prefixes for others."""
+        sequence.token_ids.append(token_id)
+        # The newest token's key and value are not written before the next step.
+        num_full = (len(sequence.token_ids) - 1) // self._blocks.block_size
+        if num_full > sequence.num_registered_blocks and sequence.status is SequenceStatus.RUNNING:
+            self._register(sequence, num_full)
+
+    def schedule(self, now: float) -> ScheduledStep | None:
+        """Compose the next step; None when no sequence can compute anything."""
+        block_updates: list[tuple[int, int, int]] = []
+        preempted = self._grow_decodes(block_updates)
+        rows = RowTable.rows_of(self._decoding, len(self._decoding))
+        starts = self._rows.positions[rows]
+        decodes = list(self._decoding.values())
+        budget = self._max_batch_tokens - len(decodes)
+        chunks = self._continue_prefills(budget)
+        budget -= sum(chunk.count for chunk in chunks)
+        admitted = [] if preempted else self._admit(budget, now, block_updates)
+        chunks += admitted
+        if not decodes and not chunks:
+            return None
+        self._advance_decodes(rows)
+        for chunk in chunks:
+            self._advance_prefill(chunk)
+        return self._compose(decodes, rows, starts, chunks, admitted, block_updates)
+
+    def _grow_decodes(self, block_updates: list[tuple[int, int, int]]) -> bool:
+        """Give a block to every decode that starts a new one; True if that took blocks from a younger sequence."""
+        rows = RowTable.rows_of(self._decoding, len(self._decoding))
+        needy = rows[self._rows.positions[rows] % self._blocks.block_size == 0]
+        any_preempted = False
+        for sequence in sorted(self._decoding[row] for row in needy.tolist()):
+            while sequence.row >= 0:
+                block_ids = self._blocks.allocate(1)
+                if block_ids is not None:
+                    block_updates.append((sequence.row, len(sequence.block_ids), block_ids[0]))
+                    sequence.block_ids += block_ids
+                    self._rows.num_blocks[sequence.row] += 1
+                    break
+                self._preempt(max(filter(self._is_schedulable, self._rows.sequences.values())))
+                any_preempted = True
+        return any_preempted
+
+    def _continue_prefills(self, budget: int) -> list[_Chunk]:
+        chunks = []
+        for sequence in self._prefilling:
+            if budget <= 0:
+                break
+            count = min(budget, len(sequence.token_ids) - sequence.num_computed)
+            chunks.append(_Chunk(sequence=sequence, start=sequence.num_computed, count=count))
+            budget -= count
+        return chunks
+
+    def _admit(self, budget: int, now: float, block_updates: list[tuple[int, int, int]]) -> list[_Chunk]:
+        """Admit waiting sequences, best first, while tokens, rows and predicted blocks last."""
+        chunks: list[_Chunk] = []
+        peak: PeakUse | None = None
+        while budget > 0 and self._waiting and not self._rows.is_full:
+            sequence = self._waiting[0]
+            if sequence.status is SequenceStatus.FINISHED:
+                heapq.heappop(self._waiting)
+                self._num_finished_waiting -= 1
+                continue
+            prefix = self._match_prefix(sequence)
+            num_new_blocks = self._blocks.num_blocks_for(len(sequence.token_ids)) - len(prefix)
+            num_taken = num_new_blocks + self._blocks.num_cached_among(prefix)
+            if num_taken > self._blocks.num_free_blocks:
+                break
+            peak = self._with_candidate(peak or self._peak_use(), sequence, num_taken)
+            if self._rows.sequences and peak.num_blocks > self._blocks.num_blocks:
+                break
+            heapq.heappop(self._waiting)
+            self._enter_row(sequence, prefix, num_new_blocks, now)
+            block_updates += [(sequence.row, index, block_id) for index, block_id in enumerate(sequence.block_ids)]
+            count = min(budget, len(sequence.token_ids) - sequence.num_computed)
+            chunks.append(_Chunk(sequence=sequence, start=sequence.num_computed, count=count))
+            budget -= count
+        return chunks
+
+    def _peak_use(self) -> PeakUse:
+        rows = RowTable.rows_of(self._rows.sequences, len(self._rows.sequences))
+        limits = self._rows.max_lengths[rows] - self._rows.prompt_lengths[rows]
+        remaining, variance = self._predictor.remaining(self._rows.generated(rows), limits)
+        held = self._rows.num_blocks[rows]
+        return PeakUse(
+            block_size=self._blocks.block_size,
+            held=held,
+            remaining=remaining,
+            variance=variance,
+            num_shared=int(held.sum()) - self._blocks.num_used_blocks,
+        )
+
+    def _with_candidate(self, peak: PeakUse, sequence: Sequence, num_blocks: int) -> PeakUse:
+        generated = np.asarray([sequence.num_generated], np.int32)
+        limits = np.asarray([sequence.request.sampling.max_tokens], np.int32)
+        return peak.with_sequence(num_blocks, *self._predictor.remaining(generated, limits))
+
+    def _match_prefix(self, sequence: Sequence) -> list[int]:
+        # At least one token is computed, since its logits are what the sequence came for.
+        num_usable = (len(sequence.token_ids) - 1) // self._blocks.block_size
+        return self._blocks.match(sequence.hash_blocks(self._blocks.block_size)[:num_usable])
+
+    def _enter_row(self, sequence: Sequence, prefix: list[int], num_new_blocks: int, now: float) -> None:
+        self._blocks.acquire(prefix)
+        new_blocks = self._blocks.allocate(num_new_blocks)
+        assert new_blocks is not None
+        num_cached = len(prefix) * self._blocks.block_size
+        if sequence.scheduled_at is None:
+            sequence.scheduled_at = now
+            sequence.num_cached_tokens = num_cached
+            self.num_prompt_tokens += sequence.num_prompt_tokens
+            self.num_cached_prompt_tokens += num_cached
+        else:
+            self.num_recomputed_tokens += len(sequence.token_ids) - num_cached
+        sequence.status = SequenceStatus.RUNNING
+        sequence.block_ids = prefix + new_blocks
+        sequence.num_registered_blocks = len(prefix)
+        sequence.num_computed = num_cached
+        self._rows.enter(sequence, num_cached)
+        self._prefilling.append(sequence)
+
+    def _advance_decodes(self, rows: IntArray) -> None:
+        self._rows.positions[rows] += 1
+        for row in rows[self._rows.positions[rows] + 1 >= self._rows.max_lengths[rows]].tolist():
+            del self._decoding[row]  # its last token is being drawn
+
+    def _advance_prefill(self, chunk: _Chunk) -> None:
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.count
+        self._rows.positions[sequence.row] = sequence.num_computed
+        self._register(sequence, sequence.num_computed // self._blocks.block_size)
+        if chunk.completes:
+            self._prefilling.remove(sequence)
+            if sequence.num_computed + 1 < sequence.max_length:
+                self._decoding[sequence.row] = sequence
+
+    def _compose(
+        self,
+        decodes: list[Sequence],
+        rows: IntArray,
+        starts: IntArray,
+        chunks: list[_Chunk],
+        admitted: list[_Chunk],
+        block_updates: list[tuple[int, int, int]],
+    ) -> ScheduledStep:
+        num_decodes = len(decodes)
+        completing = [index for index, chunk in enumerate(chunks, num_decodes) if chunk.completes]
+        batch = Batch(
+            step=self._step,
+            admissions=tuple(
+                Admission(
+                    row=chunk.sequence.row,
+                    token_ids=np.asarray(chunk.sequence.token_ids, np.int32),
+                    num_prompt_tokens=chunk.sequence.num_prompt_tokens,
+                    sampling=chunk.sequence.request.sampling,
+                )
+                for chunk in admitted
+            ),
+            block_updates=np.asarray(block_updates, np.int32).reshape(-1, 3),
+            rows=np.concatenate([rows, np.asarray([chunk.sequence.row for chunk in chunks], np.int32)]),
+            starts=np.concatenate([starts, np.asarray([chunk.start for chunk in chunks], np.int32)]),
+            counts=np.concatenate(
+                [np.ones(num_decodes, np.int32), np.asarray([chunk.count for chunk in chunks], np.int32)]
+            ),
+            num_decodes=num_decodes,
+            sampled=np.concatenate([np.arange(num_decodes, dtype=np.int32), np.asarray(completing, np.int32)]),
+        )
+        self._step += 1
+        sampled = decodes + [chunks[index - num_decodes].sequence for index in completing]
+        return ScheduledStep(batch=batch, sampled=sampled)
+
+    def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
+        hashes = sequence.hash_blocks(self._blocks.block_size)
+        for index in range(sequence.num_registered_blocks, num_full_blocks):
+            self._blocks.register(sequence.block_ids[index], hashes[index])
+        sequence.num_registered_blocks = max(sequence.num_registered_blocks, num_full_blocks)
+
+    def _is_schedulable(self, sequence: Sequence) -> bool:
+        """False once a sequence's last token is being drawn: it holds blocks for one more step only."""
+        return sequence.row in self._decoding or sequence in self._prefilling
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """The prediction was wrong: the youngest sequence gives up its blocks and is computed again later."""
+        self.num_preemptions += 1
+        logger.warning(
+            "preempted request %s at %d tokens: no free KV block (%d in all)",
+            sequence.request.request_id,
+            len(sequence.token_ids),
+            self._blocks.num_blocks,
+        )
+        self._leave_row(sequence)
+        sequence.status = SequenceStatus.WAITING
+        heapq.heappush(self._waiting, sequence)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        self._decoding.pop(sequence.row, None)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self._rows.leave(sequence)
+        self._blocks.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_registered_blocks = 0
+        sequence.num_computed = 0

@@ -1,0 +1,92 @@
+"""`Sequence`: one request's life inside the engine, from waiting to finished.
+
+It holds what the host knows: the tokens that came back so far, and the blocks that hold their keys and values. The
+token that a running step is about to draw exists only on the device until the engine, one step behind, appends it.
+"""
+
+import hashlib
+from enum import StrEnum
+
+import numpy as np
+
+from engine.request import FinishReason, Request
+
+
+class SequenceStatus(StrEnum):
+    """WAITING for a row and blocks, RUNNING with both, FINISHED with neither."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A request with its tokens, blocks and place in the queue; mutable.
+
+    `order` is the order of arrival. `num_computed` counts the tokens whose keys and values have been computed or are
+    scheduled to be (kept only while the prompt is computed; a decoding sequence's position is the scheduler's).
+    `num_registered_blocks` of `block_ids` are offered to other sequences as prefixes.
+    """
+
+    __slots__ = (
+        "arrived_at",
+        "block_hashes",
+        "block_ids",
+        "finish_reason",
+        "num_cached_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "order",
+        "request",
+        "row",
+        "scheduled_at",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, order: int, arrived_at: float) -> None:
+        self.request = request
+        self.order = order
+        self.arrived_at = arrived_at
+        self.scheduled_at: float | None = None
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.row = -1
+        self.num_computed = 0
+        self.num_cached_tokens = 0
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_registered_blocks = 0
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens drawn and known to the host."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_length(self) -> int:
+        """Prompt and generated tokens together when the request ends by its limit."""
+        return self.num_prompt_tokens + self.request.sampling.max_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller goes first: higher priority, then earlier arrival."""
+        return (-self.request.priority, self.order)
+
+    def __lt__(self, other: "Sequence") -> bool:
+        return self.rank < other.rank
+
+    def hash_blocks(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of known tokens; each depends on every token before it and on the cache salt."""
+        num_full = len(self.token_ids) // block_size
+        if num_full > len(self.block_hashes):
+            salt = hashlib.blake2b(self.request.cache_salt.encode(), digest_size=16).digest()
+            parent = self.block_hashes[-1] if self.block_hashes else salt
+            tokens = np.asarray(self.token_ids[len(self.block_hashes) * block_size : num_full * block_size], np.int32)
+            for block in tokens.reshape(-1, block_size):
+                parent = hashlib.blake2b(block.tobytes(), key=parent, digest_size=16).digest()
+                self.block_hashes.append(parent)
+        return self.block_hashes

@@ -1,0 +1,34 @@
+"""Numbers the engine tells about itself, as values; exporting them is `cluster.metrics`' job."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot: gauges of this moment and counters since the start. Durations in seconds.
+
+    `num_cached_blocks` are free blocks that still hold a prefix; `num_used_blocks` are referenced by a sequence.
+    `num_discarded_tokens` were computed and not delivered: the token after an end of sequence, and the tokens
+    recomputed after a preemption. `device_seconds` is time ranks spent computing, `busy_seconds` time the engine had a
+    step in flight, `schedule_seconds` time spent composing steps, `queue_seconds` the sum over requests of the time
+    between arrival and the first step.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    block_size: int = 0
+    num_steps: int = 0
+    num_batch_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_discarded_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)
+    device_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    queue_seconds: float = 0.0

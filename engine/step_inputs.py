@@ -1,0 +1,38 @@
+"""`StepInputs`: the device tensors of one step that layers read; made by the `ModelRunner`, cut by nano-batching.
+
+Legend: T tokens of the step, decode tokens first; D decode sequences (one token each, so also D tokens);
+P prefill sequences with Q = T - D tokens together; B width of a block table. All integer tensors are int64 unless
+said otherwise (CPU indexing wants int64; kernels convert).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What every layer of one forward pass shares.
+
+    `tokens`, `positions` [T]; `slots` [T]: where each token's key and value go, block id * block size + offset.
+    `decode_block_tables` [D, B] and `decode_lengths` [D]: blocks and context length (the new token included) of
+    each decode. `prefill_block_tables` [P, B], `prefill_lengths` [P] (context up to and including the chunk) and
+    `prefill_starts` [P + 1]: cumulative chunk sizes, so chunk i is tokens D + starts[i] .. D + starts[i+1] - 1.
+    The host-side ints below are known without a device synchronisation.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    decode_block_tables: Tensor
+    decode_lengths: Tensor
+    prefill_block_tables: Tensor
+    prefill_lengths: Tensor
+    prefill_starts: Tensor
+    num_decodes: int
+    max_decode_length: int
+    prefill_chunk_sizes: tuple[int, ...]
+    prefill_context_lengths: tuple[int, ...]
+    kv_cache: KVCache
