@@ -1,0 +1,1 @@
+"""The building blocks of models: `Operation`s, and blocks made of them."""

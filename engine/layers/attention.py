@@ -1,0 +1,121 @@
+"""The operations of paged self-attention on one rank.
+
+Decode and prefill attention are separate operations because they strain different resources: a decode reads its
+whole context for one token, a prefill chunk computes many tokens per element read. Decode tokens come first.
+
+Shapes: T tokens = D decodes + Q prefill tokens; H query heads and K key/value heads of this rank, d elements of a
+head; F = (H + 2 K) d fused columns.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.kernels import reference
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryTable, rotate
+from engine.model_config import ModelConfig
+from engine.operation import Operation, Resource
+from engine.step_inputs import StepInputs
+from engine.tensor_parallel import TensorParallel
+
+
+class RotaryAndKVWrite(Operation):
+    """Normalises (where the model does) and rotates queries and keys; stores keys and values; returns the queries."""
+
+    resource = Resource.MEMORY
+
+    def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel, rotary: RotaryTable) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rotary = rotary
+        self.num_heads = config.num_heads // tensor_parallel.size
+        self.num_kv_heads = config.kv_heads_per_rank(tensor_parallel.size)
+        self.head_dim = config.head_dim
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, qkv_TF: Tensor, step: StepInputs) -> Tensor:
+        """[T, F] -> rotated queries [T, H, d]."""
+        heads_TNd = qkv_TF.view(qkv_TF.shape[0], -1, self.head_dim)
+        query_THd, key_value_TKd = heads_TNd.tensor_split((self.num_heads,), dim=1)
+        key_TKd, value_TKd = key_value_TKd.chunk(2, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_THd, key_TKd = self.q_norm(query_THd), self.k_norm(key_TKd)
+        cos_T1h, sin_T1h = self.rotary.at(step.positions)
+        key_TKd = rotate(key_TKd, cos_T1h, sin_T1h)
+        reference.write_kv(key_TKd, value_TKd, step.slots, *step.kv_cache.layer(self.layer))
+        return rotate(query_THd, cos_T1h, sin_T1h)
+
+
+class DecodeAttention(Operation):
+    """Attention of the decode tokens, one per sequence."""
+
+    resource = Resource.MEMORY
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = config.head_dim**-0.5
+        self.window = config.sliding_window(layer)
+
+    def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
+        """Queries of the step [T, H, d] -> [D, H d]."""
+        query_DHd = query_THd[: step.num_decodes]
+        if step.num_decodes == 0:
+            return query_DHd.flatten(1)
+        keys, values = step.kv_cache.layer(self.layer)
+        output_DHd = reference.decode_attention(
+            query_DHd,
+            keys,
+            values,
+            step.decode_block_tables,
+            step.decode_lengths,
+            step.max_decode_length,
+            self.scale,
+            self.window,
+        )
+        return output_DHd.flatten(1)
+
+
+class PrefillAttention(Operation):
+    """Attention of the prefill chunks: causal inside a chunk, over everything cached before it."""
+
+    resource = Resource.COMPUTE
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = config.head_dim**-0.5
+        self.window = config.sliding_window(layer)
+
+    def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
+        """Queries of the step [T, H, d] -> [Q, H d]."""
+        query_QHd = query_THd[step.num_decodes :]
+        if query_QHd.shape[0] == 0:
+            return query_QHd.flatten(1)
+        keys, values = step.kv_cache.layer(self.layer)
+        output_QHd = reference.prefill_attention(
+            query_QHd,
+            keys,
+            values,
+            step.prefill_block_tables,
+            step.prefill_chunk_sizes,
+            step.prefill_context_lengths,
+            self.scale,
+            self.window,
+        )
+        return output_QHd.flatten(1)
+
+
+class JoinTokens(Operation):
+    """Puts the decode tokens before the prefill tokens again; copies nothing when a step has only one kind."""
+
+    resource = Resource.MEMORY
+
+    def forward(self, decode_DA: Tensor, prefill_QA: Tensor) -> Tensor:
+        """[D, A], [Q, A] -> [T, A]."""
+        if prefill_QA.shape[0] == 0:
+            return decode_DA
+        if decode_DA.shape[0] == 0:
+            return prefill_QA
+        return torch.cat((decode_DA, prefill_QA))

@@ -1,0 +1,66 @@
+"""Vocabulary-parallel embedding and language-model head.
+
+Rank r holds rows r * R .. r * R + R - 1 with R = ceil(vocabulary / size); the last rows of the last ranks may be
+padding, which no token selects and which is cut off the logits. Shapes: T, K tokens, E hidden, V vocabulary, R rows.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.layers.collective import AllGather, AllReduce
+from engine.layers.linear import Linear
+from engine.operation import Operation, Resource
+from engine.step_inputs import StepInputs
+from engine.tensor_parallel import TensorParallel
+
+
+class EmbeddingShard(Operation):
+    """Looks up the tokens whose rows this rank holds; zeros for the others."""
+
+    resource = Resource.MEMORY
+
+    def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        num_rows = -(-vocab_size // tensor_parallel.size)
+        self.first = tensor_parallel.rank * num_rows
+        self.is_whole = tensor_parallel.size == 1
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size), requires_grad=False)
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """[T] token ids -> [T, E]."""
+        if self.is_whole:
+            return functional.embedding(step.tokens, self.weight)
+        rows_T = step.tokens - self.first
+        elsewhere_T = (rows_T < 0) | (rows_T >= self.weight.shape[0])
+        hidden_TE = functional.embedding(rows_T.masked_fill(elsewhere_T, 0), self.weight)
+        return hidden_TE.masked_fill_(elsewhere_T[:, None], 0)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids to hidden states, the same on every rank."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.shard = EmbeddingShard(vocab_size, hidden_size, tensor_parallel)
+        self.all_reduce = AllReduce(tensor_parallel)
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """[T] token ids -> [T, E]."""
+        hidden_TE: Tensor = self.all_reduce(self.shard(step))
+        return hidden_TE
+
+
+class VocabParallelHead(nn.Module):
+    """Hidden states to float32 logits of the whole vocabulary, the same on every rank."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.shard = Linear(hidden_size, -(-vocab_size // tensor_parallel.size))
+        self.all_gather = AllGather(tensor_parallel)
+
+    def forward(self, hidden_KE: Tensor) -> Tensor:
+        """[K, E] -> [K, V]."""
+        logits_KV: Tensor = self.all_gather(self.shard(hidden_KE))
+        return logits_KV[:, : self.vocab_size].float()

@@ -1,0 +1,51 @@
+"""Linear operations whose weight is cut over the ranks of a tensor-parallel group.
+
+A column-parallel weight is cut along its outputs, a row-parallel one along its inputs, so that a pair of them needs
+one all-reduce (Megatron-LM, arXiv 1909.08053). Shapes: T tokens, I inputs and O outputs of this rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.model_config import ModelConfig
+from engine.operation import Operation, Resource
+from engine.tensor_parallel import TensorParallel
+
+
+class Linear(Operation):
+    """Every rank holds and computes the whole of it."""
+
+    resource = Resource.COMPUTE
+
+    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_outputs), requires_grad=False) if bias else None
+
+    def forward(self, input_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        return functional.linear(input_TI, self.weight, self.bias)
+
+
+class ColumnParallelLinear(Linear):
+    """Each rank computes its share of the outputs; projections of the same input are fused along them."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, tensor_parallel: TensorParallel, bias: bool = False) -> None:
+        super().__init__(num_inputs, num_outputs // tensor_parallel.size, bias)
+
+
+class QKVLinear(Linear):
+    """Queries, keys and values of this rank's heads; a key/value head that several ranks need is computed by each."""
+
+    def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
+        size = tensor_parallel.size
+        num_heads = config.num_heads // size + 2 * config.kv_heads_per_rank(size)
+        super().__init__(config.hidden_size, num_heads * config.head_dim, config.qkv_bias)
+
+
+class RowParallelLinear(Linear):
+    """Each rank computes a part of the sum over the inputs; rank 0 alone adds the bias."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, tensor_parallel: TensorParallel, bias: bool = False) -> None:
+        super().__init__(num_inputs // tensor_parallel.size, num_outputs, bias and tensor_parallel.rank == 0)

@@ -1,0 +1,94 @@
+"""`MixtureOfExperts`: a feed-forward of which every token passes only the few experts a router picks.
+
+Every rank holds a slice of every expert (cut along the intermediate size), so that ranks do equal work however
+tokens are routed. Tokens are sorted by expert; each projection is then one grouped GEMM over the experts.
+Shapes: T tokens, E hidden, X experts, k experts per token, S = T k token copies sorted by expert, F intermediate
+size of this rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.layers.collective import AllReduce
+from engine.layers.linear import Linear
+from engine.model_config import ModelConfig
+from engine.operation import Operation, Resource
+from engine.tensor_parallel import TensorParallel
+
+
+class GroupedExperts(Operation):
+    """Routes the tokens by the router's logits, applies the experts and adds up their weighted outputs."""
+
+    resource = Resource.COMPUTE
+
+    def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel, round_scores: bool) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.num_experts_per_token = config.num_experts_per_token
+        self.normalise = config.norm_topk_prob
+        self.round_scores = round_scores
+        intermediate = config.moe_intermediate_size // tensor_parallel.size
+        gate_up_XOE = torch.empty(config.num_experts, 2 * intermediate, config.hidden_size)
+        down_XEF = torch.empty(config.num_experts, config.hidden_size, intermediate)
+        self.gate_up_proj = nn.Parameter(gate_up_XOE, requires_grad=False)
+        self.down_proj = nn.Parameter(down_XEF, requires_grad=False)
+
+    def forward(self, hidden_TE: Tensor, router_logits_TX: Tensor) -> Tensor:
+        """[T, E], [T, X] -> [T, E]."""
+        scores_Tk, experts_Tk = self.route(router_logits_TX)
+        experts_S, order_S = experts_Tk.flatten().sort(stable=True)
+        ends_X = torch.searchsorted(experts_S, torch.arange(self.num_experts, device=experts_S.device), right=True)
+        ends_X = ends_X.to(torch.int32)
+        sorted_SE = hidden_TE[order_S // self.num_experts_per_token]
+        gate_SF, up_SF = grouped_linear(sorted_SE, self.gate_up_proj, ends_X).chunk(2, dim=-1)
+        output_SE = grouped_linear(functional.silu(gate_SF) * up_SF, self.down_proj, ends_X)
+        # Back to the order of the tokens first: a sum over k adds in a fixed order, index_add_ on a GPU does not.
+        unsorted_SE = torch.empty_like(output_SE)
+        unsorted_SE[order_S] = output_SE
+        copies_TkE = unsorted_SE.view(*experts_Tk.shape, hidden_TE.shape[1])
+        return (copies_TkE * scores_Tk[..., None]).sum(dim=1).to(hidden_TE.dtype)
+
+    def route(self, router_logits_TX: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and experts [T, k] of each token: softmax over all experts, the best k, then normalised to one."""
+        wide = torch.promote_types(router_logits_TX.dtype, torch.float32)
+        probabilities_TX = torch.softmax(router_logits_TX, dim=-1, dtype=wide)
+        scores_Tk, experts_Tk = probabilities_TX.topk(self.num_experts_per_token, dim=-1)
+        if self.normalise:
+            scores_Tk = scores_Tk / scores_Tk.sum(dim=-1, keepdim=True)
+        if self.round_scores:
+            scores_Tk = scores_Tk.to(router_logits_TX.dtype)
+        return scores_Tk, experts_Tk
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, experts and the sum over ranks. `round_scores`: routing scores are rounded to the model's dtype."""
+
+    def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel, round_scores: bool) -> None:
+        super().__init__()
+        self.router = Linear(config.hidden_size, config.num_experts)
+        self.experts = GroupedExperts(config, tensor_parallel, round_scores)
+        self.all_reduce = AllReduce(tensor_parallel)
+
+    def forward(self, hidden_TE: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        output_TE: Tensor = self.all_reduce(self.experts(hidden_TE, self.router(hidden_TE)))
+        return output_TE
+
+
+def grouped_linear(sorted_SI: Tensor, weight_XOI: Tensor, ends_X: Tensor) -> Tensor:
+    """Multiply rows ends[x - 1] .. ends[x] - 1 by the transpose of weight[x]: [S, I] -> [S, O].
+
+    PyTorch's grouped GEMM needs no synchronisation with the device, but takes no float64 and wants rows of a multiple
+    of 16 bytes; the loop over the experts that have tokens is for what it does not take.
+    """
+    row_bytes = weight_XOI.shape[2] * weight_XOI.element_size()
+    if sorted_SI.dtype is not torch.float64 and row_bytes % 16 == 0:
+        return functional.grouped_mm(sorted_SI, weight_XOI.transpose(1, 2), offs=ends_X)
+    output_SO = sorted_SI.new_empty(sorted_SI.shape[0], weight_XOI.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_X.tolist()):
+        if end > start:
+            output_SO[start:end] = functional.linear(sorted_SI[start:end], weight_XOI[expert])
+        start = end
+    return output_SO

@@ -1,0 +1,30 @@
+"""Root-mean-square normalisation (arXiv 1910.07467)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.operation import Operation, Resource
+
+
+class RMSNorm(Operation):
+    """Divides the last dimension by its root mean square.
+
+    As in transformers, the statistics of narrower activations are in float32 and the quotient is rounded before it
+    meets the weight; float64 activations stay float64 throughout.
+    """
+
+    resource = Resource.MEMORY
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, hidden_TE: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        shape = self.weight.shape
+        if hidden_TE.dtype in (torch.float16, torch.bfloat16):
+            # With the weight inside, the fused kernel would round once where transformers rounds twice.
+            return self.weight * functional.rms_norm(hidden_TE, shape, None, self.epsilon)
+        return functional.rms_norm(hidden_TE, shape, self.weight, self.epsilon)
