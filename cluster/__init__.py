@@ -1,0 +1,1 @@
+"""Everything Ray: the serving cluster around `engine`."""
