@@ -1,0 +1,107 @@
+# `make serve` starts a one-node cluster, `make test` runs the fast tests; both install what they need first.
+# Written for GNU make 3.81 and later. Variables may be set on the command line: make serve PORT=9000 MODEL=/models/llama
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := engine cluster tests benchmarks deploy dashboards
+
+MODEL ?= deploy/models/demo.yaml
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+# The interpreter that makes the virtual environment: the first of these that is Python 3.11 or later.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+
+# The version of torch is pinned in constraints.txt; its build (CPU or CUDA) is chosen by `install`. A requirement
+# given here, such as TORCH=torch==2.12.1 or a path to a wheel, is installed instead.
+TORCH ?=
+TORCH_PINNED = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+
+.PHONY: help install serve test test-slow test-all test-gpu gpu lint format types imports check constraints clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS="|" read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
+
+install: $(INSTALLED)  ## make .venv with the project (editable) and its development tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+	  '$(PYTHON)' -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "nanoserve needs Python 3.11 or later with its venv module; '$(PYTHON)' is not one, nor was one found as" \
+	         "python3, python3.12, python3.11 or python3.13." >&2; \
+	    echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make install PYTHON=/path/to/python3" >&2; \
+	    exit 1; }; \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(VENV) holds $$($(BIN)/python --version); nanoserve needs 3.11 or later. Remove $(VENV) and run make again." >&2; \
+	  exit 1; }
+	@if [ -n "$(TORCH)" ]; then \
+	  $(BIN)/pip install -c <(grep -vE '^(torch=|triton=|nvidia-|cuda-)' constraints.txt) "$(TORCH)" -e '.[dev]'; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "Found an NVIDIA GPU: installing the CUDA build of $(TORCH_PINNED)"; \
+	  $(BIN)/pip install -c constraints.txt -e '.[dev,gpu]'; \
+	else \
+	  echo "Found no NVIDIA GPU: installing the CPU build of $(TORCH_PINNED)"; \
+	  $(BIN)/pip install "$(TORCH_PINNED)+cpu" 2>/dev/null \
+	  || { echo "pip is not offered $(TORCH_PINNED)+cpu; asking uv, which knows where the CPU builds are"; \
+	       $(BIN)/pip install -q uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "$(TORCH_PINNED)"; } \
+	  || { echo "Could not install the CPU build of $(TORCH_PINNED). Install it into $(VENV) by hand, or accept" \
+	            "another build: make install TORCH=$(TORCH_PINNED)" >&2; exit 1; }; \
+	  $(BIN)/pip install -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $@
+
+serve: install  ## start a one-node cluster that serves MODEL on http://HOST:PORT
+	$(BIN)/nanoserve serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: install  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not multi_gpu"
+
+test-slow: install  ## run the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu and not multi_gpu"
+
+test-all: install  ## run every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu and not multi_gpu"
+
+gpu:  ## measure on one CUDA device; PYTHON=python3 uses that Python as it is and installs nothing
+ifeq ($(origin PYTHON),command line)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+else
+	$(MAKE) install
+	$(BIN)/python benchmarks/gpu.py
+endif
+
+test-gpu: install  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m "gpu or multi_gpu"
+
+lint: install  ## check formatting and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install  ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: install  ## check types
+	$(BIN)/mypy
+
+imports: install  ## check the layers between packages
+	$(BIN)/lint-imports
+
+check: lint types imports test  ## lint, types, imports and test
+
+constraints: install  ## pin newly declared dependencies in constraints.txt; UPGRADE=--upgrade renews every pin
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile -q --python-version 3.11 --python-platform linux --extra dev --extra gpu --no-annotate --no-header \
+	  $(UPGRADE) pyproject.toml -o constraints.txt
+
+clean:  ## remove caches and build products, but not .venv
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
