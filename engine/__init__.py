@@ -18,11 +18,18 @@ from engine.errors import (
     RequestError,
 )
 from engine.executor import CacheCapacity, Executor
+from engine.inline_executor import InlineExecutor
+from engine.length_distribution import LengthRange
 from engine.llm_engine import LLMEngine, OutputSink
 from engine.model_config import DType, ModelConfig
+from engine.named_workload import WorkloadName
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
+from engine.synthetic_prompt import SyntheticPrompts
+from engine.weights import check_checkpoint
+from engine.workload import PlannedRequest, Workload
+from engine.workload_source import WorkloadSource
 
 __all__ = [
     "Admission",
@@ -38,16 +45,24 @@ __all__ = [
     "EngineStats",
     "Executor",
     "FinishReason",
+    "InlineExecutor",
     "LLMEngine",
+    "LengthRange",
     "ModelConfig",
     "NanoserveError",
     "OutputSink",
+    "PlannedRequest",
     "Request",
     "RequestError",
     "RequestId",
     "SamplingParams",
     "SimulatedExecutor",
     "StepOutput",
+    "SyntheticPrompts",
     "TokenLogprob",
     "TokenOutput",
+    "Workload",
+    "WorkloadName",
+    "WorkloadSource",
+    "check_checkpoint",
 ]

@@ -1,0 +1,46 @@
+"""Active parameters, counted here from the tensors of a real checkpoint layout, and the optimum that they give."""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from engine import ModelConfig
+from engine.model_config import Architecture
+from engine.optimum import active_parameters, optimal_tokens_per_second
+from engine.random_checkpoint import sized_config, write_random_checkpoint
+
+
+def matrices_of(path: Path) -> dict[str, int]:
+    """Number of weights of every matrix of the checkpoint, by name."""
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+
+
+@pytest.mark.parametrize("architecture", [Architecture.LLAMA, Architecture.QWEN3])
+def test_a_dense_model_counts_every_matrix_but_the_embedding(tmp_path: Path, architecture: Architecture) -> None:
+    write_random_checkpoint(tmp_path, sized_config(architecture, num_kv_heads=1))
+    expected = sum(size for name, size in matrices_of(tmp_path).items() if "embed_tokens" not in name)
+    assert active_parameters(ModelConfig.from_checkpoint(tmp_path)) == expected
+
+
+def test_a_tied_embedding_counts_once_as_the_output_head(tmp_path: Path) -> None:
+    config = sized_config(Architecture.LLAMA, tie_word_embeddings=True)
+    write_random_checkpoint(tmp_path, config)
+    assert active_parameters(config) == sum(matrices_of(tmp_path).values())
+
+
+@pytest.mark.parametrize("architecture", [Architecture.MIXTRAL, Architecture.QWEN3_MOE])
+def test_a_mixture_counts_the_experts_that_a_token_visits(tmp_path: Path, architecture: Architecture) -> None:
+    config = sized_config(architecture, num_experts=8, num_experts_per_token=2)
+    write_random_checkpoint(tmp_path, config)
+    total = sum(size for name, size in matrices_of(tmp_path).items() if "embed_tokens" not in name)
+    idle_experts = config.num_layers * 6 * 3 * config.hidden_size * config.moe_intermediate_size
+    assert active_parameters(config) == total - idle_experts
+
+
+def test_the_optimum_is_two_operations_per_active_parameter() -> None:
+    config = sized_config(Architecture.LLAMA)
+    assert optimal_tokens_per_second(2e12, config) == pytest.approx(1e12 / active_parameters(config))
