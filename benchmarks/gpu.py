@@ -21,11 +21,11 @@ import torch
 
 from engine import DeviceKind, DType, EngineConfig, LLMEngine, ModelConfig, Request, RequestId, SamplingParams
 from engine.inline_executor import InlineExecutor
-from engine.length_distribution import LengthRange
 from engine.model_config import Architecture
 from engine.offline_benchmark import OfflineBenchmark
 from engine.random_checkpoint import sized_config, write_random_checkpoint
-from engine.workload_source import WorkloadSource
+from engine.workloads.length_distribution import LengthRange
+from engine.workloads.workload_source import WorkloadSource
 
 PARTS = ("correctness", "throughput")
 PROMPT_LENGTHS = (1, 7, 16, 33, 100, 250, 400)

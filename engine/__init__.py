@@ -19,17 +19,17 @@ from engine.errors import (
 )
 from engine.executor import CacheCapacity, Executor
 from engine.inline_executor import InlineExecutor
-from engine.length_distribution import LengthRange
 from engine.llm_engine import LLMEngine, OutputSink
 from engine.model_config import DType, ModelConfig
-from engine.named_workload import WorkloadName
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
-from engine.synthetic_prompt import SyntheticPrompts
 from engine.weights import check_checkpoint
-from engine.workload import PlannedRequest, Workload
-from engine.workload_source import WorkloadSource
+from engine.workloads.length_distribution import LengthRange
+from engine.workloads.named_workload import WorkloadName
+from engine.workloads.synthetic_prompt import SyntheticPrompts
+from engine.workloads.workload import PlannedRequest, Workload
+from engine.workloads.workload_source import WorkloadSource
 
 __all__ = [
     "Admission",

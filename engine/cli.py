@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import NanoserveError
-from engine.length_distribution import LengthRange
 from engine.model_config import Architecture, DType, ModelConfig
-from engine.named_workload import WorkloadName
-from engine.workload import Workload
-from engine.workload_source import WorkloadSource
+from engine.workloads.length_distribution import LengthRange
+from engine.workloads.named_workload import WorkloadName
+from engine.workloads.workload import Workload
+from engine.workloads.workload_source import WorkloadSource
 
 if TYPE_CHECKING:
     from engine.offline_benchmark import OfflineResult

@@ -19,8 +19,8 @@ from engine.llm_engine import LLMEngine
 from engine.optimum import active_parameters, optimal_tokens_per_second
 from engine.request import Request, RequestId, SamplingParams, TokenOutput
 from engine.stats import EngineStats
-from engine.synthetic_prompt import SyntheticPrompts
-from engine.workload import Workload
+from engine.workloads.synthetic_prompt import SyntheticPrompts
+from engine.workloads.workload import Workload
 
 Progress = Callable[[int], object]
 

@@ -21,7 +21,7 @@ CONTROL_PLANE = (
     "sequence",
     "simulated_executor",
     "stats",
-    "workload",
+    "workloads.workload_source",
 )
 HEAVY = ("torch", "ray", "transformers", "fastapi", "starlette", "pydantic", "triton", "aiohttp", "httpx")
 

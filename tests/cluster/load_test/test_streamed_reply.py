@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.streamed_reply import StreamedReply
+from cluster.load_test.streamed_reply import StreamedReply
 
 
 def event(chunk: dict[str, Any]) -> bytes:

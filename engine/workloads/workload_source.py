@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import ConfigError
-from engine.length_distribution import LengthRange
-from engine.named_workload import NAMED_WORKLOADS, WorkloadName
-from engine.request_trace import read_trace
-from engine.workload import PlannedRequest, Workload
+from engine.workloads.length_distribution import LengthRange
+from engine.workloads.named_workload import NAMED_WORKLOADS, WorkloadName
+from engine.workloads.request_trace import read_trace
+from engine.workloads.workload import PlannedRequest, Workload
 
 DEFAULT_NUM_REQUESTS = 100
 DEFAULT_PROMPT = LengthRange(low=512, high=512)

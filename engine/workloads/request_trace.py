@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.errors import ConfigError
-from engine.workload import PlannedRequest, Workload
+from engine.workloads.workload import PlannedRequest, Workload
 
 
 def read_trace(path: Path, num_requests: int | None = None) -> Workload:

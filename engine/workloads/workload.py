@@ -1,8 +1,8 @@
 """`Workload`: requests by their lengths and arrival times, and what may honestly be changed about them.
 
-It knows token counts, not tokens: `engine.synthetic_prompt` makes prompts of it. Lengths and arrivals are scaled
-together and never drawn anew, because that would destroy what makes a trace worth replaying: bursts, and long prompts
-that come with short outputs.
+It knows token counts, not tokens: `synthetic_prompt` makes prompts of it. Lengths and arrivals are scaled together and
+never drawn anew, because that would destroy what makes a trace worth replaying: bursts, and long prompts that come
+with short outputs.
 """
 
 from dataclasses import dataclass, replace

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine import ConfigError, LengthRange, PlannedRequest, Workload, WorkloadName, WorkloadSource
-from engine.named_workload import NAMED_WORKLOADS
+from engine.workloads.named_workload import NAMED_WORKLOADS
 
 
 def workload(*requests: PlannedRequest) -> Workload:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import uvloop
 from tqdm import tqdm
 
-from cluster.latency_report import LatencyReport, ServiceLevel
-from cluster.load_generator import LoadGenerator
-from cluster.load_prompts import LoadPrompts, TokenPrompts, WordPrompts
-from cluster.load_target import Endpoint, LoadTarget
-from cluster.request_outcome import RequestOutcome
+from cluster.load_test.latency_report import LatencyReport, ServiceLevel
+from cluster.load_test.load_generator import LoadGenerator
+from cluster.load_test.load_prompts import LoadPrompts, TokenPrompts, WordPrompts
+from cluster.load_test.load_target import Endpoint, LoadTarget
+from cluster.load_test.request_outcome import RequestOutcome
 from engine import ConfigError, PlannedRequest, SyntheticPrompts, Workload
 
 PROBE_SEED_OFFSET = 1_000_003  # the probe must not put a measured prompt into the prefix cache

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ConfigError
-from engine.workload import PlannedRequest, Workload
+from engine.workloads.workload import PlannedRequest, Workload
 
 _BLOCK_STREAM, _TAIL_STREAM = 1, 2  # keep a block's draws apart from those of a request of the same number
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from engine import ConfigError, LengthRange, WorkloadName, WorkloadSource
-from engine.named_workload import NAMED_WORKLOADS
-from engine.request_trace import read_trace
+from engine.workloads.named_workload import NAMED_WORKLOADS
+from engine.workloads.request_trace import read_trace
 
-TRACES = Path(os.environ.get("NANOSERVE_TEST_DATA", Path(__file__).parents[3] / "shared")) / "traces"
+TRACES = Path(os.environ.get("NANOSERVE_TEST_DATA", Path(__file__).parents[4] / "shared")) / "traces"
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.latency_report import ServiceLevel
-from cluster.load_prompts import vocabulary_size
-from cluster.load_target import Endpoint, LoadTarget, api_url, find_model
-from cluster.serve_benchmark import ServeBenchmark
+from cluster.load_test.latency_report import ServiceLevel
+from cluster.load_test.load_prompts import vocabulary_size
+from cluster.load_test.load_target import Endpoint, LoadTarget, api_url, find_model
+from cluster.load_test.serve_benchmark import ServeBenchmark
 from engine import ConfigError, LengthRange, WorkloadSource
 from engine.cli import (
     InputLength,

@@ -9,10 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from cluster.bench_serve import bench_serve
+from cluster.load_test.bench_serve import bench_serve
 from engine import ConfigError
 from engine.random_tokenizer import write_tokenizer
-from tests.cluster.fake_openai_server import FakeServer, serving
+from tests.cluster.load_test.fake_openai_server import FakeServer, serving
 
 app = typer.Typer()
 app.command()(bench_serve)

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from engine.length_distribution import LognormalLengths
+from engine.workloads.length_distribution import LognormalLengths
 
 
 class WorkloadName(StrEnum):

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import aiohttp
 import numpy as np
 
-from cluster.load_prompts import LoadPrompts
-from cluster.load_target import LoadTarget
-from cluster.request_outcome import RequestOutcome
-from cluster.streamed_reply import StreamedReply
+from cluster.load_test.load_prompts import LoadPrompts
+from cluster.load_test.load_target import LoadTarget
+from cluster.load_test.request_outcome import RequestOutcome
+from cluster.load_test.streamed_reply import StreamedReply
 from engine import ConfigError, Workload
 
 CONNECT_SECONDS = 30.0

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.latency_report import Distribution, LatencyReport, ServiceLevel
-from cluster.request_outcome import RequestOutcome
+from cluster.load_test.latency_report import Distribution, LatencyReport, ServiceLevel
+from cluster.load_test.request_outcome import RequestOutcome
 
 
 def outcome(index: int, **changes: Any) -> RequestOutcome:

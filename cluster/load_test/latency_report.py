@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cluster.request_outcome import RequestOutcome
+from cluster.load_test.request_outcome import RequestOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.latency_report import LatencyReport
-from cluster.load_generator import LoadGenerator
-from cluster.load_prompts import LoadPrompts, TokenPrompts, WordPrompts
-from cluster.load_target import Endpoint, LoadTarget, api_url, find_model
-from cluster.request_outcome import RequestOutcome
+from cluster.load_test.latency_report import LatencyReport
+from cluster.load_test.load_generator import LoadGenerator
+from cluster.load_test.load_prompts import LoadPrompts, TokenPrompts, WordPrompts
+from cluster.load_test.load_target import Endpoint, LoadTarget, api_url, find_model
+from cluster.load_test.request_outcome import RequestOutcome
 from engine import ConfigError, PlannedRequest, SyntheticPrompts, Workload
-from engine.request_trace import read_trace
-from tests.cluster.fake_openai_server import FakeServer, serving
+from engine.workloads.request_trace import read_trace
+from tests.cluster.load_test.fake_openai_server import FakeServer, serving
 
 
 @pytest.fixture
