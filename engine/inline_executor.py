@@ -1,0 +1,96 @@
+"""`InlineExecutor`: the `Executor` port with the one rank in this process, on a thread of its own.
+
+For the command line, tests and a single device. Torch is imported by `start`, so that importing this is cheap.
+Everything the rank does happens on one thread, in the order of the calls; on a GPU a second one waits for results,
+so that the next step is launched while the last one computes.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from engine.batch import Batch, StepOutput
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineDeadError
+from engine.executor import CacheCapacity
+
+if TYPE_CHECKING:
+    from engine.pending_step import PendingStep
+    from engine.worker import Worker
+
+
+class InlineExecutor:
+    """Runs a group of one. `progress(bytes_done, bytes_total)` is told about the loading of the weights."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        if config.tensor_parallel != 1:
+            raise ConfigError(
+                f"An InlineExecutor has one rank, but tensor_parallel is {config.tensor_parallel}: use a worker group."
+            )
+        self._config = config
+        self._progress = progress
+        self._worker: Worker | None = None
+        self._failure: EngineDeadError | None = None
+        self._close_lock = threading.Lock()
+        self._is_closed = False
+        self._launches = ThreadPoolExecutor(1, thread_name_prefix="nanoserve-rank-0")
+        self._results = ThreadPoolExecutor(1, thread_name_prefix="nanoserve-rank-0-results")
+
+    def start(self) -> CacheCapacity:
+        """Load the model; blocks. Raises `ConfigError` for what cannot start."""
+        return self._launches.submit(self._start).result()
+
+    def execute(self, batch: Batch) -> Awaitable[StepOutput]:
+        """Queue one step from the running event loop; the result raises `EngineDeadError` when it fails."""
+        if self._failure is not None:
+            raise self._failure
+        launched = self._launches.submit(self._launch, batch)
+        return asyncio.wrap_future(self._results.submit(self._wait, batch, launched))
+
+    def close(self) -> None:
+        """Stop the rank after the step already begun; those still queued fail. Idempotent."""
+        with self._close_lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._failure = self._failure or EngineDeadError("The executor was closed.")
+            try:
+                self._launches.submit(self._stop).result()
+            finally:
+                self._launches.shutdown()
+                self._results.shutdown()
+
+    def _start(self) -> CacheCapacity:
+        from engine.worker import Worker
+
+        self._worker = Worker(self._config)
+        return self._worker.start(self._progress)
+
+    def _launch(self, batch: Batch) -> "PendingStep":
+        if self._failure is not None:
+            raise self._failure
+        if self._worker is None:
+            raise EngineDeadError("The executor was not started.")
+        try:
+            return self._worker.execute(batch)
+        except Exception as error:
+            raise self._fail(batch, error) from error
+
+    def _wait(self, batch: Batch, launched: "Future[PendingStep]") -> StepOutput:
+        pending = launched.result()
+        try:
+            return pending.wait()
+        except Exception as error:
+            raise self._fail(batch, error) from error
+
+    def _fail(self, batch: Batch, error: Exception) -> EngineDeadError:
+        """No step runs after a failed one: what it would compute from a half-written cache is worthless."""
+        self._failure = EngineDeadError(f"Rank 0 failed in step {batch.step}: {type(error).__name__}: {error}")
+        return self._failure
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None

@@ -1,0 +1,119 @@
+"""`PendingStep`: a step that has been launched; `wait` blocks until its drawn tokens are on the host.
+
+On a CPU the work is done before this object exists. On a GPU the tokens travel on a copy stream and `wait`
+synchronises with that copy alone, so that later steps may already be queued.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import StepOutput
+from engine.request import TokenLogprob
+from engine.sampler import Drawn
+from engine.sampling_table import SamplingPlan
+
+
+class StepClock:
+    """Measures the device time of one step: between two events of the stream, or on the CPU by the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = _timing_event(), _timing_event()
+            self._events[0].record()
+        self._started = time.perf_counter()
+        self._seconds = 0.0
+
+    def stop(self) -> None:
+        """The step's last work has been launched."""
+        if self._events is not None:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - self._started
+
+    def seconds(self) -> float:
+        """The time between start and stop; on a GPU it waits for the stop."""
+        if self._events is None:
+            return self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class PendingStep:
+    """One launched step: what it drew, on its way to the host."""
+
+    def __init__(
+        self,
+        step: int,
+        plan: SamplingPlan | None,
+        drawn: Drawn | None,
+        clock: StepClock,
+        copies: torch.cuda.Stream | None,
+    ) -> None:
+        self._step = step
+        self._plan = plan
+        self._clock = clock
+        self._copied: torch.cuda.Event | None = None
+        self._drawn = drawn
+        if drawn is not None and copies is not None:
+            self._drawn = self._start_copy(drawn, copies)
+
+    def _start_copy(self, drawn: Drawn, copies: torch.cuda.Stream) -> Drawn:
+        """Queue the copies to pinned memory behind the work launched so far."""
+        copies.wait_stream(torch.cuda.current_stream(drawn.token_ids.device))
+
+        def to_host(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            tensor.record_stream(copies)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+        with torch.cuda.stream(copies):
+            token_ids = to_host(drawn.token_ids)
+            assert token_ids is not None
+            host = Drawn(
+                token_ids=token_ids,
+                logprobs=to_host(drawn.logprobs),
+                top_logprobs=to_host(drawn.top_logprobs),
+                top_token_ids=to_host(drawn.top_token_ids),
+            )
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        return host
+
+    def wait(self) -> StepOutput:
+        """The step's output, as soon as its tokens are on the host; errors of the device surface here."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids = np.empty(0, np.int32) if self._drawn is None else self._drawn.token_ids.numpy().astype(np.int32)
+        return StepOutput(
+            step=self._step,
+            token_ids=token_ids,
+            logprobs=self._logprobs(len(token_ids)),
+            device_seconds=self._clock.seconds(),
+        )
+
+    def _logprobs(self, num_drawn: int) -> tuple[TokenLogprob | None, ...] | None:
+        """The log-probabilities of the rows that asked, at their places among all drawn tokens."""
+        if self._plan is None or self._drawn is None or self._drawn.logprobs is None:
+            return None
+        assert self._drawn.top_logprobs is not None and self._drawn.top_token_ids is not None
+        entries: list[TokenLogprob | None] = [None] * num_drawn
+        asked = zip(
+            self._plan.logprobs_indices.tolist(),
+            self._plan.num_top.tolist(),
+            self._drawn.logprobs.tolist(),
+            self._drawn.top_token_ids.tolist(),
+            self._drawn.top_logprobs.tolist(),
+            strict=True,
+        )
+        for index, num_top, logprob, token_ids, values in asked:
+            top = tuple(zip(token_ids[:num_top], values[:num_top], strict=True))
+            entries[index] = TokenLogprob(logprob=logprob, top=top)
+        return tuple(entries)

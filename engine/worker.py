@@ -1,0 +1,161 @@
+"""`Worker`: one rank of a tensor-parallel group, from joining the group to running steps.
+
+It owns the process group, the device, the model, the cache and the runner of its rank. It knows no Ray and no
+sequences; whoever hosts it (a process, an actor) calls everything from one thread.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.config import DeviceKind, EngineConfig
+from engine.errors import CapacityError, ConfigError, EngineDeadError
+from engine.executor import CacheCapacity
+from engine.host_memory import keep_freed_memory
+from engine.kv_cache import KVCache, available_bytes, num_affordable_blocks
+from engine.model_runner import ModelRunner
+from engine.models import build_model
+from engine.models.decoder import Decoder
+from engine.pending_step import PendingStep
+from engine.tensor_parallel import TensorParallel
+from engine.warm_up import warm_up
+from engine.weights import load_weights
+
+# Ranks may be started minutes apart on a busy cluster and read their weights at different speeds.
+GROUP_TIMEOUT_SECONDS = 600.0
+
+
+class Worker:
+    """One rank. `start` once, `execute` in the order of the steps, `close` at the end (idempotent)."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int = 0,
+        rendezvous: str | None = None,
+        timeout_seconds: float = GROUP_TIMEOUT_SECONDS,
+    ) -> None:
+        if not 0 <= rank < config.tensor_parallel:
+            raise ConfigError(f"rank must be 0..{config.tensor_parallel - 1}, but is {rank}.")
+        if rendezvous is None and config.tensor_parallel > 1:
+            raise ConfigError(f"tensor_parallel {config.tensor_parallel} needs a rendezvous, such as tcp://host:port.")
+        self._config = config
+        self._rank = rank
+        self._rendezvous = rendezvous
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._owns_group = False
+        self._runner: ModelRunner | None = None
+
+    def start(self, progress: Callable[[int, int], None] | None = None) -> CacheCapacity:
+        """Join the group, load this rank's weights (`progress(bytes_done, bytes_total)`) and allocate its cache.
+
+        Raises `ConfigError` and its kinds for what can never start here, `EngineDeadError` when the group fails.
+        """
+        config = self._config
+        device = self._select_device()
+        tensor_parallel = self._join_group()
+        dtype: torch.dtype = getattr(torch, config.dtype.value)
+        self._check_weights_fit(dtype, device)
+        model = build_model(config.model, tensor_parallel, dtype, device)
+        load_weights(model, config, tensor_parallel, progress)
+        warm_up(config, model, device)
+        num_blocks = self._agree_on_blocks(device)
+        cache = KVCache.allocate(config, num_blocks, device)
+        self._runner = ModelRunner(config, model, cache, device, returns_logprobs=self._rank == 0)
+        return CacheCapacity(num_blocks=num_blocks, block_size=config.block_size)
+
+    def execute(self, batch: Batch) -> PendingStep:
+        """Launch one step: on a GPU it returns before the device is done, on a CPU after."""
+        if self._runner is None:
+            raise EngineDeadError(f"Rank {self._rank} is not running: it was never started, or it was closed.")
+        return self._runner.launch(batch)
+
+    def close(self) -> None:
+        """Leave the group and give the memory back."""
+        self._runner = None
+        if self._owns_group:
+            self._owns_group = False
+            dist.destroy_process_group()
+
+    def _select_device(self) -> torch.device:
+        """Make this rank's device the current one and set the number of CPU threads of this process."""
+        torch.set_num_threads(self._config.threads_per_rank)
+        if self._config.device is DeviceKind.CPU:
+            keep_freed_memory()
+            return torch.device("cpu")
+        num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # A host that gives each rank a GPU of its own shows one device; else all ranks see all.
+        if num_devices != 1 and num_devices < self._config.tensor_parallel:
+            raise ConfigError(
+                f"device cuda with tensor_parallel {self._config.tensor_parallel} needs a GPU per rank, but this "
+                f"process sees {num_devices}: use device cpu, a smaller tensor_parallel, or a machine with GPUs."
+            )
+        device = torch.device("cuda", self._rank if num_devices > 1 else 0)
+        torch.cuda.set_device(device)
+        return device
+
+    def _join_group(self) -> TensorParallel:
+        size = self._config.tensor_parallel
+        if size == 1:
+            return TensorParallel()
+        if dist.is_initialized():
+            raise ConfigError("This process already is a rank of a torch.distributed group: give each rank its own.")
+        backend = "nccl" if self._config.device is DeviceKind.CUDA else "gloo"
+        try:
+            dist.init_process_group(
+                backend, init_method=self._rendezvous, rank=self._rank, world_size=size, timeout=self._timeout
+            )
+        except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+            raise EngineDeadError(
+                f"Rank {self._rank} of {size} could not join its group at {self._rendezvous} within "
+                f"{self._timeout.total_seconds():.0f} s: {error}"
+            ) from error
+        self._owns_group = True
+        return TensorParallel(rank=self._rank, size=size, group=dist.group.WORLD)
+
+    def _check_weights_fit(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse before reading anything what cannot be held; shapes without storage tell this rank's share."""
+        tensor_parallel = TensorParallel(rank=self._rank, size=self._config.tensor_parallel)
+        num_bytes = weight_bytes(build_model(self._config.model, tensor_parallel, dtype, torch.device("meta")))
+        # Ranks on a CPU share its memory; each counts only its own part, as the others may have taken theirs.
+        free = available_bytes(device)
+        if num_bytes > free:
+            raise CapacityError(
+                f"The weights of rank {self._rank} take {num_bytes / 2**30:.2f} GiB in {self._config.dtype.value}, but "
+                f"only {free / 2**30:.2f} GiB are free on {device}: use a smaller dtype or model, or a larger "
+                "tensor_parallel."
+            )
+
+    def _agree_on_blocks(self, device: torch.device) -> int:
+        """The number of blocks that every rank can afford; a rank that can afford none stops all of them."""
+        self._minimum(0, device)  # nobody counts free memory before everybody has loaded
+        failure: CapacityError | None = None
+        num_blocks = 0
+        try:
+            num_blocks = num_affordable_blocks(self._config, available_bytes(device))
+        except CapacityError as error:
+            failure = error
+        agreed = self._minimum(num_blocks, device)
+        if failure is not None:
+            raise failure
+        if agreed == 0:
+            raise CapacityError("Another rank of the group has no room for the KV cache; its own error says more.")
+        return agreed
+
+    def _minimum(self, value: int, device: torch.device) -> int:
+        """The smallest `value` of all ranks."""
+        if not self._owns_group:
+            return value
+        agreed: Tensor = torch.tensor(value, dtype=torch.int64, device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        return int(agreed.item())
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes of the model's parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
