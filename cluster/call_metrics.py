@@ -1,0 +1,57 @@
+"""`CallMetrics`: the clock of one API call, from its body to its end, as metrics."""
+
+import time
+from collections.abc import Collection, Sequence
+
+from cluster.api_call import ApiCall
+from cluster.metrics import IngressMetrics
+from engine import FinishReason, RequestId, TokenOutput
+
+
+class CallMetrics:
+    """Make it when the body has arrived, tell it every delivery, and `close` it; `answered` first, if all went well."""
+
+    def __init__(self, metrics: IngressMetrics, call: ApiCall) -> None:
+        self._metrics = metrics
+        self._call = call
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._last = self._started
+        self._reasons: list[str] = []
+        self._is_answered = False
+
+    def delivered(self, outputs: Sequence[TokenOutput], stopped: Collection[RequestId]) -> None:
+        """One step's outputs; `stopped` are the requests that a stop string ended with it."""
+        if not outputs:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            self._metrics.time_to_first_token.observe(now - self._started)
+        else:
+            self._metrics.inter_token_latency.observe(now - self._last)
+        self._last = now
+        self._reasons += [FinishReason.STOP.value] * len(stopped)
+        for output in outputs:
+            if output.finish_reason is not None and output.request_id not in stopped:
+                self._reasons.append(output.finish_reason.value)
+
+    def answered(self) -> None:
+        """The client was given the whole answer."""
+        self._is_answered = True
+        usage = self._call.reply.usage()
+        self._metrics.answered(usage.num_prompt_tokens, usage.num_completion_tokens)
+        self._metrics.request_latency.observe(time.monotonic() - self._started)
+        later_tokens = usage.num_completion_tokens - max(1, len(self._call.requests))
+        if self._first is not None and later_tokens > 0:
+            each = later_tokens / len(self._call.requests)
+            self._metrics.time_per_output_token.observe((self._last - self._first) / each)
+        for reason in self._reasons:
+            self._metrics.finished(reason)
+
+    def close(self) -> None:
+        """The call is over, well or not. Idempotent."""
+        if not self._is_answered:
+            self._is_answered = True
+            usage = self._call.reply.usage()
+            self._metrics.unanswered(usage.num_prompt_tokens, usage.num_completion_tokens)

@@ -1,0 +1,134 @@
+"""The `nanoserve` command. Commands parse options, call one object, and print; the rest is elsewhere."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.config import ServingConfig, ray_address
+from cluster.start_display import StartDisplay
+from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint
+
+if TYPE_CHECKING:
+    from cluster.serving import Server
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Serve large language models on Ray.",
+)
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+
+@app.callback()
+def nanoserve() -> None:
+    """Serve large language models on Ray."""
+
+
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; raised in the main thread, wherever it is."""
+
+
+class _Interruption:
+    """Remembers the first signal. An exception that a handler raises may come out of a library as another one."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+        raise _Interrupted
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A checkpoint's directory, or a recipe (.yaml).")],
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Ranks (GPUs) of one replica.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8000].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed per step.")] = None,
+    max_sequences: Annotated[int | None, typer.Option(help="Requests running at once, per replica.")] = None,
+    cache: Annotated[str | None, typer.Option(help="KV cache of one rank, for example 2GiB.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one rank.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster to join [default: RAY_ADDRESS, else start one].")
+    ] = None,
+) -> None:
+    """Serve a model over OpenAI's API until interrupted."""
+    overrides = {key: value for key, value in locals().items() if key not in {"model", "address"}}
+    display = StartDisplay()
+    try:
+        config = ServingConfig.load(model, overrides)
+        _check(config)
+    except ConfigError as error:
+        display.fail(error)
+        raise typer.Exit(EXIT_CONFIG) from None
+    raise typer.Exit(_serve(config, ray_address(address), display))
+
+
+def _check(config: ServingConfig) -> None:
+    """Refuse what cannot work before anything is started. The device matters to no check, so any will do."""
+    check_checkpoint(config.engine_config(DeviceKind.CPU))
+
+
+def _serve(config: ServingConfig, address: str | None, display: StartDisplay) -> int:
+    """Run to the end; the exit status."""
+    from cluster.serving import Server
+
+    interruption = _Interruption()
+    interruption.listen()
+    server = Server(config, address, display)
+    try:
+        return _run(server, config, display, interruption)
+    finally:
+        display.stop()
+        interruption.listen()
+        try:
+            server.close()
+        except _Interrupted:
+            server.close()
+
+
+def _run(server: "Server", config: ServingConfig, display: StartDisplay, interruption: _Interruption) -> int:
+    is_ready = False
+    try:
+        server.start()
+        is_ready = True
+        display.ready(config, server.url)
+        while True:
+            signal.pause()
+    except BaseException as error:
+        display.stop()
+        if isinstance(error, SystemExit):  # Ray's own handler of SIGTERM, while it starts
+            interruption.number = signal.SIGTERM
+        if interruption.number is not None:
+            display.say("Stopping (once more to stop at once).")
+            return 0 if is_ready else 128 + interruption.number
+        if not isinstance(error, NanoserveError):
+            raise
+        display.fail(error)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+def main() -> Any:
+    """The console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

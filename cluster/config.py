@@ -1,0 +1,155 @@
+"""`ServingConfig`: one recipe (YAML) or one model directory, plus command-line flags, parsed once and frozen.
+
+Every mistake becomes a `ConfigError` that names the file, the key and what would be right. This is also the only
+module of the project that reads environment variables. It starts nothing and imports neither Ray nor torch.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from engine import ConfigError, DeviceKind, DType, EngineConfig, ModelConfig
+
+RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
+CPU_CACHE_BYTES = 1 << 30  # a CPU machine's memory is shared with everything else: never take most of it unasked
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn "2GiB", "500 MB" or a number into bytes; raises `ValueError` for other text."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write a number of bytes or for example 2GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class RoutingConfig(BaseModel):
+    """How requests are spread over replicas; see `cluster.routing_policy`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix_affinity: bool = True
+    expected_output_tokens: Count = 128  # until enough requests have finished to know better
+
+
+class ServingConfig(BaseModel):
+    """A served model. A recipe has exactly these keys; relative model paths start at the recipe's directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    name: str | None = None  # what clients call it; the directory's name unless given
+    aliases: tuple[str, ...] = ()
+
+    replicas: Count = 1
+    ingress_replicas: Count = 1
+    tensor_parallel: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: DType | Literal["auto"] = "auto"
+    threads: Count | None = None  # CPU threads of one rank; the machine's cores shared out unless given
+
+    max_model_len: Count | None = None  # the model's own limit unless given
+    max_batch_tokens: Count = 2048
+    max_sequences: Count = 256
+    block_size: Count = 16
+    cache: ByteSize | None = None  # bytes of KV cache per rank; most of a GPU's free memory, 1 GiB on a CPU
+    prefix_caching: bool = True
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    default_max_tokens: Count = 1024
+    max_body: ByteSize = 10_000_000
+    routing: RoutingConfig = RoutingConfig()
+
+    @classmethod
+    def load(cls, source: Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a recipe or take a model directory; `overrides` that are not None win. Raises `ConfigError`."""
+        given = {key: value for key, value in (overrides or {}).items() if value is not None}
+        if source.is_dir():
+            return cls.parse({"model": source.resolve()} | given, where=str(source))
+        if source.suffix not in {".yaml", ".yml"}:
+            raise ConfigError(f"{source} is neither a model directory nor a recipe (a .yaml file).")
+        try:
+            recipe = yaml.safe_load(source.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{source} does not exist.") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source} is not valid YAML: {error}") from None
+        if not isinstance(recipe, dict):
+            raise ConfigError(f"{source} must be a mapping of keys such as `model: path/to/model`.")
+        if isinstance(recipe.get("model"), str):
+            recipe["model"] = (source.resolve().parent / Path(recipe["model"]).expanduser()).resolve()
+        return cls.parse(recipe | given, where=str(source))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Check `values`; `where` is named in the `ConfigError` of the first thing wrong."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_first_problem(error)}") from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name clients may use, the canonical one first."""
+        return (self.name or self.model.name, *self.aliases)
+
+    def resolve_device(self, num_gpus: float) -> DeviceKind:
+        """The device the ranks will use on a cluster with `num_gpus` GPUs."""
+        if self.device == "auto":
+            return DeviceKind.CUDA if num_gpus >= 1 else DeviceKind.CPU
+        return DeviceKind(self.device)
+
+    def engine_config(self, device: DeviceKind, num_threads: int | None = None) -> EngineConfig:
+        """What one replica runs. Reads the checkpoint's config.json; raises `ConfigError`."""
+        if not self.model.is_dir():
+            raise ConfigError(f"model: {self.model} is not a directory with a checkpoint.")
+        model = ModelConfig.from_checkpoint(self.model)
+        return EngineConfig(
+            model=model,
+            checkpoint=self.model,
+            dtype=model.dtype if self.dtype == "auto" else self.dtype,
+            device=device,
+            tensor_parallel=self.tensor_parallel,
+            max_model_len=self.max_model_len or model.max_position_embeddings,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequences=self.max_sequences,
+            block_size=self.block_size,
+            cache_bytes=self.cache or (CPU_CACHE_BYTES if device is DeviceKind.CPU else None),
+            prefix_caching=self.prefix_caching,
+            num_threads=self.threads or num_threads,
+        )
+
+
+def ray_address(flag: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The running cluster to join: the flag, else RAY_ADDRESS; None, also for "local", means one of our own."""
+    address = flag or environment.get(RAY_ADDRESS_VARIABLE) or None
+    return None if address == "local" else address
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"] if part != "function-before[parse_bytes(), int]")
+    if problem["type"] == "extra_forbidden":
+        known = list((RoutingConfig if "." in key else ServingConfig).model_fields)
+        close = difflib.get_close_matches(key.rsplit(".")[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}."
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}."

@@ -1,0 +1,237 @@
+"""`Dispatcher`: the open requests of one ingress: routes them, hears of their tokens, ends them. No HTTP, no Ray.
+
+Each HTTP call opens an `OpenCall` with its requests; outputs arrive from the replicas' streams, one message per step,
+and are handed to the calls they belong to. When a replica is lost, every request open there ends with an
+`EngineDeadError`; `_on_lost_request` is where continuing it elsewhere will go.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.replica_stream import ReplicaStream, ReplicaTransport
+from cluster.routing_policy import RoutingPolicy
+from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
+from engine import EngineDeadError, NanoserveError, Request, RequestError, RequestId, TokenOutput
+
+
+class NoReplicaError(NanoserveError):
+    """No replica is ready to take requests now."""
+
+
+@dataclass(slots=True)
+class _OpenRequest:
+    replica_id: str
+    call: "OpenCall"
+
+
+class Dispatcher:
+    """Requests of one ingress on their way through the replicas. Use it from one event loop."""
+
+    def __init__(
+        self,
+        policy: RoutingPolicy,
+        connect: Callable[[str], ReplicaTransport],
+        metrics: MetricsTarget,
+        on_routed: Callable[[str, int], None] = lambda replica_id, cached_tokens: None,
+    ) -> None:
+        self._policy = policy
+        self._connect = connect
+        self._metrics = metrics
+        self._on_routed = on_routed
+        self._streams: dict[str, ReplicaStream] = {}
+        self._draining: dict[str, ReplicaStream] = {}
+        self._open: dict[RequestId, _OpenRequest] = {}
+        self._targets: dict[str, MetricsTarget] = {metrics.process_id: metrics}
+        self._ingresses_of: dict[str, tuple[MetricsTarget, ...]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would find a replica."""
+        return bool(self._policy.replica_ids)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    @property
+    def metrics_targets(self) -> list[MetricsTarget]:
+        """Every /metrics endpoint known: this process, the replicas, and the other ingresses they serve."""
+        targets = dict(self._targets)
+        for ingresses in self._ingresses_of.values():
+            targets |= {target.process_id: target for target in ingresses}
+        return sorted(targets.values(), key=lambda target: (target.kind, target.process_id))
+
+    def open(self, requests: Sequence[Request]) -> "OpenCall":
+        """Send the requests of one call on their way; raises `NoReplicaError` and then has sent none."""
+        if not self.is_ready:
+            raise NoReplicaError("No replica is ready.")
+        call = OpenCall(self, [request.request_id for request in requests])
+        for request in requests:
+            self._send(request, call)
+        return call
+
+    def abort(self, request_ids: Iterable[RequestId]) -> None:
+        """End requests now; those that have ended are ignored."""
+        for request_id in request_ids:
+            ended = self._end(request_id, is_complete=False)
+            stream = self._streams.get(ended.replica_id) if ended is not None else None
+            if stream is not None:
+                stream.abort(request_id)
+
+    def set_replicas(self, replica_ids: frozenset[str]) -> None:
+        """The replicas that run now. One that left finishes what it has, then its stream is closed."""
+        for replica_id in replica_ids - self._streams.keys():
+            stream = ReplicaStream(replica_id, self._connect(replica_id), self, self._metrics.process_id, self._metrics)
+            self._streams[replica_id] = stream
+        for replica_id in self._streams.keys() - replica_ids:
+            self._forget(replica_id)
+            self._draining[replica_id] = self._streams.pop(replica_id)
+            self._close_if_drained(replica_id)
+
+    async def close(self) -> None:
+        """End every stream and every open request."""
+        for request_id in list(self._open):
+            self._on_lost_request(request_id, EngineDeadError("The server is shutting down."))
+        streams = [*self._streams.values(), *self._draining.values()]
+        self._streams.clear()
+        self._draining.clear()
+        await asyncio.gather(*[stream.close() for stream in streams], *self._closing)
+
+    def on_hello(self, hello: Hello) -> None:
+        """A replica is ready."""
+        self._targets[hello.replica_id] = hello.metrics
+        self._policy.add_replica(hello.replica_id, capacity_tokens=hello.capacity_tokens, block_size=hello.block_size)
+
+    def on_message(self, replica_id: str, message: StepMessage) -> None:
+        """What one step produced, for all calls."""
+        self._policy.observe(replica_id, message.load)
+        if message.ingresses is not None:
+            self._ingresses_of[replica_id] = message.ingresses
+        touched: dict[int, OpenCall] = {}
+        for row in message.outputs:
+            output = unpack(row)
+            open_request = self._open.get(output.request_id)
+            if open_request is None or open_request.replica_id != replica_id:
+                continue  # aborted here while its tokens were on their way
+            self._policy.produced(output.request_id, output.token_ids)
+            if output.finish_reason is not None:
+                self._end(output.request_id, is_complete=True)
+            call = open_request.call
+            call.outputs.append(output)
+            touched[id(call)] = call
+        for call in touched.values():
+            call.wake()
+
+    def on_rejected(self, request_id: RequestId, error: RequestError) -> None:
+        """The engine will never run this request."""
+        ended = self._end(request_id, is_complete=False)
+        if ended is not None:
+            ended.call.fail(error)
+
+    def on_lost(self, replica_id: str, error: EngineDeadError) -> None:
+        """A replica, or the way to it, is gone."""
+        self._forget(replica_id)
+        for request_id in [key for key, value in self._open.items() if value.replica_id == replica_id]:
+            self._on_lost_request(request_id, error)
+        self._close_if_drained(replica_id)
+
+    def _send(self, request: Request, call: "OpenCall") -> None:
+        decision = self._policy.route(request)
+        assert decision is not None, "checked by the caller"
+        self._open[request.request_id] = _OpenRequest(decision.replica_id, call)
+        self._on_routed(decision.replica_id, decision.num_cached_tokens)
+        self._streams[decision.replica_id].submit(request)
+
+    def _on_lost_request(self, request_id: RequestId, error: EngineDeadError) -> None:
+        ended = self._end(request_id, is_complete=False)
+        if ended is not None:
+            ended.call.fail(error)
+
+    def _end(self, request_id: RequestId, *, is_complete: bool) -> _OpenRequest | None:
+        open_request = self._open.pop(request_id, None)
+        if open_request is not None:
+            self._policy.finish(request_id, is_complete=is_complete)
+            open_request.call.ended(request_id)
+            self._close_if_drained(open_request.replica_id)
+        return open_request
+
+    def _forget(self, replica_id: str) -> None:
+        self._policy.remove_replica(replica_id)
+        self._targets.pop(replica_id, None)
+        self._ingresses_of.pop(replica_id, None)
+
+    def _close_if_drained(self, replica_id: str) -> None:
+        if replica_id not in self._draining:
+            return
+        if any(open_request.replica_id == replica_id for open_request in self._open.values()):
+            return
+        task = asyncio.create_task(self._draining.pop(replica_id).close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+class OpenCall:
+    """The outputs of one HTTP call's requests, a list for each time something arrived; ends when all have ended.
+
+    `with_pauses` raises the `RequestError` or `EngineDeadError` that ended a request. Use it as a context manager:
+    whatever is still open on leaving is aborted.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, request_ids: Sequence[RequestId]) -> None:
+        self._dispatcher = dispatcher
+        self._open = set(request_ids)
+        self._error: NanoserveError | None = None
+        self._wake = asyncio.Event()
+        self.outputs: list[TokenOutput] = []
+
+    def __enter__(self) -> "OpenCall":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort(list(self._open))
+
+    async def with_pauses(self, seconds: float) -> AsyncGenerator[list[TokenOutput], None]:
+        """What arrives; an empty list at least every `seconds` in which nothing does."""
+        loop = asyncio.get_running_loop()
+        pause = loop.time() + seconds
+        timer = loop.call_at(pause, self.wake)
+        try:
+            while self._open or self.outputs or self._error is not None:
+                if self.outputs:
+                    outputs, self.outputs = self.outputs, []
+                    pause = loop.time() + seconds
+                    yield outputs
+                elif self._error is not None:
+                    raise self._error
+                elif loop.time() >= timer.when():  # re-armed only when it has fired: most calls never see it
+                    is_pause = loop.time() >= pause
+                    pause = max(pause, loop.time() + seconds) if is_pause else pause
+                    timer = loop.call_at(pause, self.wake)
+                    if is_pause:
+                        yield []
+                else:
+                    self._wake.clear()
+                    await self._wake.wait()
+        finally:
+            timer.cancel()
+
+    def abort(self, request_ids: Iterable[RequestId]) -> None:
+        """End requests of this call now."""
+        self._dispatcher.abort(request_ids)
+
+    def ended(self, request_id: RequestId) -> None:
+        """The dispatcher will say no more about this request."""
+        self._open.discard(request_id)
+        self.wake()
+
+    def fail(self, error: NanoserveError) -> None:
+        """One request cannot go on, and so the call cannot."""
+        self._error = self._error or error
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to look at."""
+        self._wake.set()

@@ -1,0 +1,88 @@
+"""`nanoserve generate`: a prompt in, text out, in this process, without Ray or HTTP.
+
+For a first look at a checkpoint and for scripts. The prompt is a user's message where the model has a chat template,
+a text to continue otherwise or with `--raw`.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from cluster.config import ServingConfig
+from cluster.stop_strings import StopStrings
+from cluster.tokenizer import Tokenizer
+from engine import EngineConfig, InlineExecutor, LLMEngine, Request, RequestId, SamplingParams
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A local checkpoint: config.json, safetensors, tokenizer.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from standard input if left out.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that add up to this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Generate text from one prompt and print it as it comes."""
+    text = sys.stdin.read() if prompt is None else prompt
+    recipe = ServingConfig.parse({"model": model, "dtype": dtype, "device": device}, where="command line")
+    config = recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
+    tokenizer = Tokenizer.load(model)
+    if raw or not tokenizer.has_chat_template:
+        prompt_ids = tokenizer.encode(text)
+    else:
+        prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    request = Request(
+        request_id=RequestId("generate"),
+        prompt_token_ids=tuple(prompt_ids),
+        sampling=SamplingParams(
+            max_tokens=max(1, min(max_tokens, config.max_model_len - len(prompt_ids))),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        ),
+    )
+    asyncio.run(_print_text(config, tokenizer, request, StopStrings(stop or [])))
+
+
+async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Request, stops: StopStrings) -> None:
+    with tqdm(unit="B", unit_scale=True, desc="loading weights", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        engine = LLMEngine(config, InlineExecutor(config, progress))
+        await engine.start()
+    started = time.perf_counter()
+    num_tokens = 0
+    detokenizer = tokenizer.detokenizer()
+    hit = False
+    try:
+        async for output in engine.generate(request):
+            num_tokens += len(output.token_ids)
+            text = "".join(map(detokenizer.push, output.token_ids))
+            text, hit = stops.push(text + (detokenizer.flush() if output.finish_reason else ""))
+            typer.echo(text, nl=False)
+            if hit:
+                break
+        typer.echo("" if hit else stops.flush())
+    finally:
+        seconds = time.perf_counter() - started
+        await engine.close()
+    typer.echo(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s", err=True)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

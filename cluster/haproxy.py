@@ -1,0 +1,58 @@
+"""Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py HOST ERROR_FILE BINARY ARGUMENTS...`.
+
+Three things have no setting in Serve 2.60, and are mended between Serve's start of the program and the program's own:
+it binds HAProxy's stats and metrics pages to every interface; it answers 500 in plain text while no ingress lives; and
+where Serve is killed, its HAProxy lives on and holds the port. `cluster.loopback` narrows the listeners of replicas.
+Run as a program, this uses the standard library only.
+"""
+
+import ctypes
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def write_wrapper(directory: Path, binary: str, host: str) -> Path:
+    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH."""
+    from cluster.api_error import ApiError
+
+    error = ApiError.unavailable("No process is there to take the request. Please try again.", 2.0)
+    lines = [
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Content-Length: {len(error.body())}",
+    ]
+    lines += [f"{name}: {value}" for name, value in error.headers.items()]
+    answer = directory / "unavailable.http"
+    answer.write_bytes("\r\n".join([*lines, "", ""]).encode() + error.body())
+    script = directory / "haproxy"
+    program = str(Path(__file__).resolve())
+    command = shlex.join([sys.executable, "-I", "-S", program, host, str(answer), binary])
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+def mend(configuration: str, host: str, error_file: str) -> str:
+    """Every `bind` to all interfaces (`*:8404`, `:9101`) moved to `host`, every error page replaced."""
+    narrow = re.sub(r"^(\s*bind )\*?:(?=\d)", rf"\g<1>{host}:", configuration, flags=re.MULTILINE)
+    narrow = narrow.replace("http-reuse always", "http-reuse never\n    option http-server-close")
+    return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", narrow, flags=re.MULTILINE)
+
+
+def main() -> None:
+    """Mend the configuration file among the arguments, die with the parent from now on, become HAProxy."""
+    host, error_file, binary, *arguments = sys.argv[1:]
+    file = Path(arguments[arguments.index("-f") + 1])
+    file.write_text(mend(file.read_text(), host, error_file))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main()

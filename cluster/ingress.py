@@ -1,0 +1,234 @@
+"""The HTTP side of one ingress process: OpenAI's routes over a `Dispatcher`. Knows ASGI; not Ray.
+
+A call that its client leaves, streaming or not, ends in the engine at once. Every error has OpenAI's shape, also for
+unknown URLs. A stream's first bytes wait for its first token, so that what fails before is a plain HTTP error, and
+never longer than `KEEP_ALIVE_SECONDS`.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from cluster.api_call import ApiCall, open_chat, open_completion
+from cluster.api_error import ApiError
+from cluster.call_metrics import CallMetrics
+from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
+from cluster.metrics import IngressMetrics
+from cluster.reply import KEEP_ALIVE_FRAME
+from cluster.response_count import ResponseCount
+from cluster.served_model import ServedModel, find_model, model_card, model_list
+
+logger = logging.getLogger(__name__)
+KEEP_ALIVE_SECONDS = 10.0
+THREAD_BODY_BYTES = 16_384  # tokenising more than this would hold up other streams for over a millisecond
+_DRAINED_BODY_BYTES = 64_000_000  # of a body that is too large: clients read the answer only after sending theirs
+
+Opener = Callable[[bytes, Mapping[str, ServedModel]], ApiCall]
+
+
+class Ingress:
+    """What the routes need: the models by name, the way to the replicas, the counters and the limit of a body."""
+
+    def __init__(
+        self, models: Mapping[str, ServedModel], dispatcher: Dispatcher, metrics: IngressMetrics, max_body: int
+    ) -> None:
+        self.models = models
+        self.dispatcher = dispatcher
+        self.metrics = metrics
+        self.max_body = max_body
+
+    async def answer(self, http: Request, opener: Opener) -> Response:
+        """Parse the body of a call and begin it; the response does the rest. Raises `ApiError`."""
+        body = await read_body(http, self.max_body)
+        if len(body) > THREAD_BODY_BYTES:
+            call = await asyncio.to_thread(opener, body, self.models)
+        else:
+            call = opener(body, self.models)
+        return CallResponse(self, call)
+
+    def open(self, call: ApiCall) -> OpenCall:
+        """Send the requests of a call on their way; raises `ApiError`."""
+        try:
+            return self.dispatcher.open(call.requests)
+        except NoReplicaError:
+            raise ApiError.unavailable("No replica of the model is ready.", 2.0) from None
+
+
+class CallResponse(Response):
+    """Runs one call while its client is there, and writes the answer: at its end, or as it grows."""
+
+    def __init__(self, ingress: Ingress, call: ApiCall) -> None:
+        self._ingress = ingress
+        self._call = call
+        self._metrics = CallMetrics(ingress.metrics, call)
+        self._has_begun = False
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. An error before the first byte is the response; after it, it is the stream's last frame."""
+        leaving = asyncio.create_task(_cancel_on_disconnect(receive, asyncio.current_task()))
+        try:
+            await self._run(send)
+        except asyncio.CancelledError:
+            if not leaving.done():
+                raise  # the server is stopping; else the client has left, and nobody waits for an answer
+        except Exception as error:
+            answer = ApiError.of(error)
+            if answer.status >= 500:
+                logger.warning("Call %s failed: %r", self._call.response_id, error)
+            if self._has_begun:
+                await self._write(send, answer.frame(), is_last=True)
+            else:
+                await error_response(answer)(scope, receive, send)
+        finally:
+            leaving.cancel()
+            self._metrics.close()
+
+    async def _run(self, send: Send) -> None:
+        reply = self._call.reply
+        if reply.done:  # nothing is to be generated
+            await self._finish(send, reply.start())
+            return
+        with self._ingress.open(self._call) as open_call:
+            pending = reply.start()
+            async with aclosing(open_call.with_pauses(KEEP_ALIVE_SECONDS)) as arrivals:
+                async for outputs in arrivals:
+                    frames = reply.feed(outputs)
+                    aborts = reply.take_aborts()
+                    self._metrics.delivered(outputs, aborts)
+                    open_call.abort(aborts)
+                    if reply.done:
+                        pending += frames
+                        break
+                    if self._call.stream and (frames or not outputs):
+                        await self._write(send, pending + (frames or KEEP_ALIVE_FRAME))
+                        pending = b""
+        await self._finish(send, pending)
+
+    async def _finish(self, send: Send, frames: bytes) -> None:
+        self._metrics.answered()  # before the client can know, so that who has the answer finds it counted
+        if self._call.stream:
+            await self._write(send, frames, is_last=True)
+        else:
+            await self._write(send, self._call.reply.body(), is_last=True)
+
+    async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            if self._call.stream:
+                headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            else:
+                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+
+def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> FastAPI:
+    """The ASGI application; `on_stop` is awaited when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        if on_stop is not None:
+            await on_stop()
+
+    app = FastAPI(title="nanoserve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_middleware(ResponseCount, metrics=ingress.metrics)
+    _add_error_handlers(app)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        return await ingress.answer(http, open_chat)
+
+    @app.post("/v1/completions")
+    async def completions(http: Request) -> Response:
+        return await ingress.answer(http, open_completion)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        unique = {id(model): model for model in ingress.models.values()}
+        return Response(model_list(unique.values()), media_type="application/json")
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return _json(model_card(find_model(ingress.models, name), name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if not ingress.dispatcher.is_ready:
+            raise ApiError.unavailable("No replica of the model is ready.", 2.0)
+        return _json({"status": "ready"})
+
+    @app.get("/metrics/targets")
+    async def metrics_targets() -> Response:
+        targets = ingress.dispatcher.metrics_targets
+        return _json(
+            [{"targets": [target.address], "labels": {"nanoserve_process": target.kind}} for target in targets]
+        )
+
+    return app
+
+
+async def read_body(http: Request, max_bytes: int) -> bytes:
+    """The whole body; raises `ApiError` (413) for one that is too large, having let the client send its end."""
+    chunks = []
+    size = 0
+    async for chunk in http.stream():
+        size += len(chunk)
+        if size <= max_bytes:
+            chunks.append(chunk)
+        elif size > _DRAINED_BODY_BYTES:
+            break
+    if size > max_bytes:
+        raise ApiError.body_too_large(max_bytes)
+    return b"".join(chunks)
+
+
+def error_response(error: ApiError) -> Response:
+    """An `ApiError` as HTTP."""
+    return Response(error.body(), error.status, dict(error.headers), "application/json")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def on_api_error(http: Request, error: Exception) -> Response:
+        return error_response(ApiError.of(error))
+
+    async def on_http_error(http: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            response = error_response(ApiError.method_not_allowed(http.method, http.url.path))
+            response.headers.update(error.headers or {})
+            return response
+        if error.status_code == 404:
+            return error_response(ApiError.not_found(http.url.path))
+        return error_response(ApiError(error.status_code, str(error.detail)))
+
+    async def on_bug(http: Request, error: Exception) -> Response:
+        logger.error("Unexpected error in %s %s", http.method, http.url.path, exc_info=error)
+        return error_response(ApiError.internal())
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+
+
+async def _cancel_on_disconnect(receive: Receive, call: "asyncio.Task[Any] | None") -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    assert call is not None
+    call.cancel()
+
+
+def _json(value: object) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False), media_type="application/json")

@@ -1,0 +1,203 @@
+"""Every metric that nanoserve exports: name, help and labels, once. Dashboards and alerts import the names from here.
+
+Each process has its own registry and its own endpoint (`MetricsEndpoint`); the ingress lists all of them for
+Prometheus. Where vLLM has an established metric the same suffix is used, after the prefix `nanoserve_`.
+
+Two counts of tokens, on purpose. `nanoserve_prompt_tokens_total` and `nanoserve_generation_tokens_total` are counted
+by the ingress when a call ends well, from the `usage` of its answer: they equal exactly what clients were told, stop
+strings included. Calls that ended otherwise (a disconnect, an error) add to `nanoserve_unanswered_tokens_total`.
+`nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine import EngineStats
+
+PREFIX = "nanoserve_"
+ENGINE_LABELS = ("model", "replica")
+INGRESS_LABELS = ("model",)
+
+LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMetric:
+    """One number of `EngineStats`, read when Prometheus asks."""
+
+    name: str
+    help: str
+    read: Callable[[EngineStats], float]
+    is_counter: bool = False
+
+
+def _usage(stats: EngineStats) -> float:
+    return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+
+
+ENGINE_METRICS = (
+    EngineMetric("num_requests_running", "Requests computing tokens.", lambda stats: stats.num_running),
+    EngineMetric("num_requests_waiting", "Requests queued in the engine.", lambda stats: stats.num_waiting),
+    EngineMetric("kv_cache_usage_ratio", "Share of the KV blocks that sequences hold, 0 to 1.", _usage),
+    EngineMetric("kv_blocks", "KV blocks of one rank.", lambda stats: stats.num_blocks),
+    EngineMetric("kv_blocks_used", "KV blocks that sequences hold.", lambda stats: stats.num_used_blocks),
+    EngineMetric("kv_blocks_cached", "Free KV blocks that still hold a prefix.", lambda stats: stats.num_cached_blocks),
+    EngineMetric("kv_blocks_free", "KV blocks nobody holds.", lambda stats: stats.num_blocks - stats.num_used_blocks),
+    EngineMetric("kv_block_size_tokens", "Tokens per KV block.", lambda stats: stats.block_size),
+    EngineMetric("engine_steps_total", "Steps run.", lambda stats: stats.num_steps, True),
+    EngineMetric("engine_batch_tokens_total", "Tokens computed, of all steps.", lambda s: s.num_batch_tokens, True),
+    EngineMetric("engine_prompt_tokens_total", "Prompt tokens started on.", lambda s: s.num_prompt_tokens, True),
+    EngineMetric(
+        "engine_generated_tokens_total", "Tokens drawn and delivered.", lambda s: s.num_generated_tokens, True
+    ),
+    EngineMetric(
+        "engine_discarded_tokens_total",
+        "Tokens computed in vain: after the end of a sequence, or again after a preemption.",
+        lambda stats: stats.num_discarded_tokens,
+        True,
+    ),
+    EngineMetric("prefix_cache_queries_total", "Prompt tokens looked up.", lambda s: s.num_prompt_tokens, True),
+    EngineMetric("prefix_cache_hits_total", "Prompt tokens found cached.", lambda s: s.num_cached_prompt_tokens, True),
+    EngineMetric("num_preemptions_total", "Sequences that gave up their blocks.", lambda s: s.num_preemptions, True),
+    EngineMetric("engine_device_seconds_total", "Time the ranks computed.", lambda s: s.device_seconds, True),
+    EngineMetric("engine_schedule_seconds_total", "Time spent composing batches.", lambda s: s.schedule_seconds, True),
+    EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
+    EngineMetric(
+        "request_queue_seconds_total", "Time requests waited before their first step.", lambda s: s.queue_seconds, True
+    ),
+)
+ENGINE_FINISHED = "engine_requests_finished_total"
+ENGINE_UPTIME = "engine_uptime_seconds_total"
+
+
+class EngineCollector(Collector):
+    """Turns a replica's `EngineStats` into metrics at scrape time; costs a running engine nothing."""
+
+    def __init__(self, read: Callable[[], tuple[EngineStats, float]], *, model: str, replica: str) -> None:
+        self._read = read
+        self._labels = [model, replica]
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample per metric."""
+        stats, uptime = self._read()
+        for metric in ENGINE_METRICS:
+            yield self._family(metric.name, metric.help, metric.read(stats), is_counter=metric.is_counter)
+        yield self._family(ENGINE_UPTIME, "Time since the engine was ready; idle is uptime less busy.", uptime)
+        finished = CounterMetricFamily(
+            PREFIX + ENGINE_FINISHED, "Requests the engine ended.", labels=[*ENGINE_LABELS, "finished_reason"]
+        )
+        for reason, count in sorted(stats.num_finished.items()):
+            finished.add_metric([*self._labels, reason], count)
+        yield finished
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read an engine that is still loading."""
+        return ()
+
+    def _family(self, name: str, text: str, value: float, *, is_counter: bool = True) -> Metric:
+        kind = CounterMetricFamily if is_counter else GaugeMetricFamily
+        family: CounterMetricFamily | GaugeMetricFamily = kind(PREFIX + name, text, labels=list(ENGINE_LABELS))
+        family.add_metric(self._labels, value)
+        return family
+
+
+class IngressMetrics:
+    """What one ingress process counts and times."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, text, [*INGRESS_LABELS, *labels], registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            metric = Histogram(PREFIX + name, text, INGRESS_LABELS, registry=registry, buckets=buckets)
+            return metric.labels(model)
+
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody reads
+        self._model = model
+        self._responses = counter("http_responses_total", "HTTP answers.", "route", "status")
+        self._success = counter("request_success_total", "Requests answered to their end.", "finished_reason")
+        self._unanswered = counter("unanswered_tokens_total", "Tokens of calls without an answer.", "kind")
+        self._decisions = counter("routing_decisions_total", "Requests sent to each replica.", "replica")
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens in `usage`.").labels(model)
+        self._generation_tokens = counter("generation_tokens_total", "Completion tokens in `usage`.").labels(model)
+        self._affinity_tokens = counter(
+            "routing_prefix_tokens_total", "Prompt tokens that routing expected to be cached where it sent them."
+        ).labels(model)
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "From the request's last byte to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds", "Between deliveries of tokens of a request.", TOKEN_BUCKETS
+        )
+        self.time_per_output_token = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after a request's first.", TOKEN_BUCKETS
+        )
+        self.request_latency = histogram(
+            "e2e_request_latency_seconds", "From a request's last byte to its last token.", LATENCY_BUCKETS
+        )
+
+    def responded(self, route: str, status: int) -> None:
+        """An HTTP answer was begun; `route` is the path's pattern, never a client's text."""
+        self._responses.labels(self._model, route, str(status)).inc()
+
+    def finished(self, reason: str) -> None:
+        """One choice of a call ended well."""
+        self._success.labels(self._model, reason).inc()
+
+    def answered(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """A call ended well with this `usage`."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._generation_tokens.inc(completion_tokens)
+
+    def unanswered(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """A call ended early; nobody was told this usage."""
+        self._unanswered.labels(self._model, "prompt").inc(prompt_tokens)
+        self._unanswered.labels(self._model, "generation").inc(completion_tokens)
+
+    def routed(self, replica: str, cached_tokens: int) -> None:
+        """A request was sent to `replica`, which should have `cached_tokens` of its prompt."""
+        self._decisions.labels(self._model, replica).inc()
+        self._affinity_tokens.inc(cached_tokens)
+
+
+class RouterCollector(Collector):
+    """What the router of one ingress believes about each replica, read at scrape time."""
+
+    def __init__(self, read: Callable[[], dict[str, tuple[int, float]]], model: str) -> None:
+        self._read = read
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        """Requests this ingress has open on each replica, and the work it predicts there."""
+        labels = [*INGRESS_LABELS, "replica"]
+        requests = GaugeMetricFamily(PREFIX + "routed_requests", "Requests open, by replica.", labels=labels)
+        work = GaugeMetricFamily(PREFIX + "predicted_work_tokens", "Work predicted, by replica.", labels=labels)
+        for replica, (num_requests, tokens) in self._read().items():
+            requests.add_metric([self._model, replica], num_requests)
+            work.add_metric([self._model, replica], tokens)
+        yield requests
+        yield work
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, for the same reason as `EngineCollector`."""
+        return ()
+
+
+class MetricsEndpoint:
+    """A process's own /metrics, on a free port of `host`."""
+
+    def __init__(self, registry: CollectorRegistry, host: str) -> None:
+        self._server, self._thread = start_http_server(0, addr=host, registry=registry)
+        self.address = f"{host}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop listening."""
+        threading.Thread(target=self._server.shutdown, daemon=True).start()
+        self._server.server_close()

@@ -1,0 +1,64 @@
+"""The environment variables that make Ray and Serve fit nanoserve: fast path, private, quiet. A pure function.
+
+Ray reads them when it is imported, and its processes inherit them; so they are set before `import ray`. A cluster
+started by others (`ray up`, Kubernetes) sets the same ones on its nodes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_NEVER_SECONDS = 1_000_000_000
+_LONGEST_STREAM_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServePorts:
+    """Free ports for what Serve and HAProxy listen on beside the API."""
+
+    haproxy_stats: int
+    haproxy_metrics: int
+    fallback_http: int
+    fallback_grpc: int
+
+
+def serving_environment() -> dict[str, str]:
+    """For any process that imports Serve: HAProxy in front, gRPC between processes, no usage statistics."""
+    return {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Routing is ours: Serve must not probe replicas for queue lengths when a router was idle.
+        "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": str(_NEVER_SECONDS),
+        # At every change of ingress processes HAProxy is replaced, and by default the old one cuts all streams that
+        # still run after two minutes. The ports of processes that are gone would rest as long, which one app does
+        # not need.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_SECONDS),
+        "RAY_SERVE_PORT_QUARANTINE_S": "60",
+    }
+
+
+def private_environment(
+    directory: Path, ports: ServePorts, token: str, haproxy: Path, python_path: str
+) -> dict[str, str]:
+    """For a local cluster of our own: state under `directory`, loopback only, closed to other users by `token`."""
+    return serving_environment() | {
+        # Despite its name the switch that makes Ray use the loopback interface, on any system.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+        # One machine: no load balancer elsewhere has to hear of a stop before it happens.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+        "PYTHONPATH": python_path,
+        "TMPDIR": str(directory),  # what a killed process leaves in a temporary directory goes with ours
+    }

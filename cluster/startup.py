@@ -1,0 +1,70 @@
+"""How far each replica's start has come, through Ray's own key-value store: no extra process, any node.
+
+A replica writes (`StartupReport`), `nanoserve serve` reads (`read_reports`). Serve itself only says "deploying".
+"""
+
+import pickle
+import time
+from dataclasses import dataclass
+
+from ray.experimental import internal_kv
+
+_NAMESPACE = "nanoserve"
+_PREFIX = "startup/"
+_MIN_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStart:
+    """A replica's state: bytes of weights read so far, when it was ready, or what stopped it."""
+
+    done: int = 0
+    total: int = 0
+    ready_at: float | None = None
+    error: Exception | None = None
+
+
+class StartupReport:
+    """The writing side, in the replica's process."""
+
+    def __init__(self, replica_id: str) -> None:
+        self._key = (_PREFIX + replica_id).encode()
+        self._state = ReplicaStart()
+        self._last_write = 0.0
+        self._write(self._state)
+
+    def progress(self, done: int, total: int) -> None:
+        """Weights are being read; may be called often, from any thread."""
+        now = time.monotonic()
+        if done == total or now - self._last_write > _MIN_SECONDS:
+            self._last_write = now
+            self._write(ReplicaStart(done=done, total=total))
+
+    def failed(self, error: Exception) -> None:
+        """The replica cannot start."""
+        self._write(ReplicaStart(done=self._state.done, total=self._state.total, error=error))
+
+    def ready(self, now: float) -> None:
+        """The replica serves, since `now` (Unix seconds)."""
+        self._write(ReplicaStart(done=self._state.done, total=self._state.total, ready_at=now))
+
+    def _write(self, state: ReplicaStart) -> None:
+        self._state = state
+        internal_kv._internal_kv_put(self._key, pickle.dumps(state), overwrite=True, namespace=_NAMESPACE)
+
+
+def read_reports() -> dict[str, ReplicaStart]:
+    """The state of every replica that was ever started on this cluster, by id."""
+    keys = internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE)
+    reports = {}
+    for key in keys:
+        value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+        if value is not None:
+            reports[key.decode().removeprefix(_PREFIX)] = pickle.loads(value)
+    return reports
+
+
+def clear_reports() -> None:
+    """Forget the replicas of earlier applications on this cluster."""
+    for key in internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE):
+        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)

@@ -1,0 +1,236 @@
+"""`WorkerGroup`: the `Executor` port over the rank actors of one replica.
+
+Ranks are spawned into the replica's own placement group; their lives are watched through Ray, the steps travel over
+`cluster.step_transport`. The first sign of a failing rank ends the group: every waiting step raises an
+`EngineDeadError` that names the rank and the cause, at once. Imports no torch: that is the ranks' business.
+"""
+
+import asyncio
+import contextlib
+import selectors
+import shutil
+import socket
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.rank import Rank
+from cluster.step_transport import Failed, Hello, Progress, RankLink, Report, Stop, encode
+from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, NanoserveError, StepOutput
+
+DIAGNOSIS_SECONDS = 2.0  # Ray tells why a process died a moment after its socket closed
+CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+
+
+class WorkerGroup:
+    """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank_options: Sequence[dict[str, Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        assert len(rank_options) == config.tensor_parallel
+        self._config = config
+        self._rank_options = rank_options
+        self._progress = progress
+        self._directory: Path | None = None
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+        self._connections: list[RankLink] = []
+        self._links: dict[int, RankLink] = {}
+        self._waiting: deque[asyncio.Future[StepOutput]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._collapse: asyncio.Task[None] | None = None
+        self.pids: dict[int, int] = {}
+        self.death: EngineDeadError | None = None
+
+    def start(self) -> CacheCapacity:
+        """Spawn the ranks and wait until every one has loaded; blocks. Raises `ConfigError` or `EngineDeadError`."""
+        self._directory = Path(tempfile.mkdtemp(prefix="nanoserve-ranks-"))
+        path = str(self._directory / "engine")
+        rendezvous = f"file://{self._directory / 'rendezvous'}" if self._config.tensor_parallel > 1 else None
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.setblocking(False)
+            for rank, options in enumerate(self._rank_options):
+                actor: Any = ray.remote(Rank).options(**options).remote()
+                self._actors.append(actor)
+                self._runs.append(actor.run.remote(self._config, rank, path, rendezvous))
+            try:
+                start = _Start(listener, self._runs, self._progress)
+                return start.wait(self._connections, self._links, self.pids)
+            except BaseException:
+                self.close()
+                raise
+
+    def execute(self, batch: Batch) -> asyncio.Future[StepOutput]:
+        """Send one step to every rank; the future is rank 0's answer."""
+        loop = asyncio.get_running_loop()
+        self.watch()
+        future: asyncio.Future[StepOutput] = loop.create_future()
+        if self.death is not None:
+            future.set_exception(self.death)
+            return future
+        self._waiting.append(future)
+        frame = encode(batch)
+        for link in self._links.values():
+            link.send(frame, loop)
+        return future
+
+    def close(self) -> None:
+        """Let the ranks end, then make sure of it; blocks for at most a few seconds. Idempotent."""
+        if self._directory is None:
+            return
+        directory, self._directory = self._directory, None
+        is_healthy = self.death is None and len(self._links) == len(self._runs)
+        self.death = self.death or EngineDeadError("The worker group was closed.")
+        frame = encode(Stop())
+        for link in self._links.values():
+            link.stop(frame)
+        with contextlib.suppress(RayError):  # ranks of a broken group wait for each other: no use waiting for them
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=CLOSE_SECONDS if is_healthy else 0)
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._forget_connections)
+        else:
+            self._forget_connections()
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def watch(self) -> None:
+        """Notice from now on, on the running loop, when a rank ends, with or without steps. Idempotent."""
+        if self._loop is not None:
+            return
+        self._loop = loop = asyncio.get_running_loop()
+        for rank, link in self._links.items():
+            loop.add_reader(link.fileno(), self._on_readable, rank)
+
+    def _on_readable(self, rank: int) -> None:
+        try:
+            reports = self._links[rank].receive()
+        except OSError:
+            self._begin_collapse(rank, None)
+            return
+        for report in reports:
+            if isinstance(report, StepOutput):
+                future = self._waiting.popleft()
+                if not future.done():
+                    future.set_result(report)
+            elif isinstance(report, Failed):
+                self._begin_collapse(rank, report.error)
+
+    def _begin_collapse(self, rank: int, error: NanoserveError | None) -> None:
+        assert self._loop is not None
+        self._loop.remove_reader(self._links[rank].fileno())
+        if self._collapse is None and self.death is None:
+            self._collapse = self._loop.create_task(self._collapse_from(rank, error))
+
+    async def _collapse_from(self, rank: int, error: NanoserveError | None) -> None:
+        """Fail everything, naming a dead rank before those that merely failed because of it."""
+        runs = {asyncio.ensure_future(asyncio.wrap_future(run.future())): rank for rank, run in enumerate(self._runs)}
+        patience = DIAGNOSIS_SECONDS if error is None else DIAGNOSIS_SECONDS / 4
+        await asyncio.wait(runs, timeout=patience, return_when=asyncio.FIRST_EXCEPTION)
+        for run, of_rank in runs.items():
+            if run.done() and not run.cancelled() and (cause := run.exception()) is not None:
+                error = EngineDeadError(f"Rank {of_rank} died: {_first_lines(cause)}")
+                break
+        for run in runs:
+            run.cancel()
+        if not isinstance(error, EngineDeadError):
+            error = EngineDeadError(str(error) if error else f"Rank {rank} closed its connection without a word.")
+        self.death = error
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)
+
+    def _forget_connections(self) -> None:
+        for link in self._connections:
+            link.close(self._loop)
+
+
+class _Start:
+    """The wait for ranks to connect, load and be ready."""
+
+    def __init__(
+        self, listener: socket.socket, runs: Sequence[Any], progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._listener = listener
+        self._runs = runs
+        self._progress = progress
+        self._loaded: dict[int, Progress] = {}
+        self._capacities: list[CacheCapacity] = []
+
+    def wait(self, connections: list[RankLink], links: dict[int, RankLink], pids: dict[int, int]) -> CacheCapacity:
+        """Fill `connections`, and `links` and `pids` by rank; returns what every rank agreed on."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while len(self._capacities) < len(self._runs):
+                events = selector.select(_POLL_SECONDS)
+                for key, _ in events:
+                    if key.fileobj is self._listener:
+                        connections.append(RankLink(self._listener.accept()[0]))
+                        selector.register(connections[-1], selectors.EVENT_READ)
+                    else:
+                        assert isinstance(key.fileobj, RankLink)
+                        self._read(key.fileobj, links, pids)
+                if not events:
+                    self._check_lives()
+        assert len(set(self._capacities)) == 1, self._capacities
+        return self._capacities[0]
+
+    def _read(self, link: RankLink, links: dict[int, RankLink], pids: dict[int, int]) -> None:
+        try:
+            reports = link.receive()
+        except OSError:
+            deadline = time.monotonic() + DIAGNOSIS_SECONDS
+            while time.monotonic() < deadline:
+                self._check_lives()
+                time.sleep(_POLL_SECONDS)
+            raise EngineDeadError("A rank closed its connection while starting.") from None
+        for report in reports:
+            self._handle(report, link, links, pids)
+
+    def _handle(self, report: Report, link: RankLink, links: dict[int, RankLink], pids: dict[int, int]) -> None:
+        match report:
+            case Hello(rank=rank, pid=pid):
+                links[rank] = link
+                pids[rank] = pid
+            case Progress():
+                rank = next(rank for rank, known in links.items() if known is link)
+                self._loaded[rank] = report
+                if self._progress is not None:
+                    done = sum(loaded.done for loaded in self._loaded.values())
+                    self._progress(done, sum(loaded.total for loaded in self._loaded.values()))
+            case CacheCapacity():
+                self._capacities.append(report)
+            case Failed(error=error):
+                raise error
+            case StepOutput():
+                raise AssertionError("a rank answered a step that nobody sent")
+
+    def _check_lives(self) -> None:
+        done, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
+        for run in done:
+            rank = self._runs.index(run)
+            try:
+                ray.get(run)
+            except RayError as error:
+                raise EngineDeadError(f"Rank {rank} died while starting: {_first_lines(error)}") from error
+
+
+def _first_lines(error: BaseException) -> str:
+    """What Ray says first, without its advice and identifiers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    wanted = [line for line in lines if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:"))]
+    return " ".join(wanted[:3]) or type(error).__name__

@@ -1,0 +1,45 @@
+"""The stand-in for HAProxy: what it changes in Serve's configuration, and that it becomes the program."""
+
+import subprocess
+from pathlib import Path
+
+from cluster.haproxy import mend, write_wrapper
+
+CONFIGURATION = """\
+defaults
+    errorfile 503 /tmp/500.http
+frontend prometheus
+    bind :9101
+frontend http
+    bind 127.0.0.1:8000
+frontend elsewhere
+    bind *:80
+listen stats
+  bind *:8404
+"""
+
+
+def test_only_what_is_open_to_everybody_is_narrowed() -> None:
+    lines = [line.strip() for line in mend(CONFIGURATION, "127.0.0.1", "/d/e.http").splitlines()]
+    assert [line for line in lines if line.startswith("bind")] == [
+        "bind 127.0.0.1:9101",
+        "bind 127.0.0.1:8000",
+        "bind 127.0.0.1:80",
+        "bind 127.0.0.1:8404",
+    ]
+    assert "errorfile 503 /d/e.http" in lines
+
+
+def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_path: Path) -> None:
+    directory = tmp_path / "with space"
+    directory.mkdir()
+    file = directory / "haproxy.cfg"
+    file.write_text(CONFIGURATION)
+    wrapper = write_wrapper(directory, "/bin/echo", "127.0.0.1")
+    outcome = subprocess.run([wrapper, "-db", "-f", str(file), "-x", "a b"], capture_output=True, text=True, check=True)
+    assert outcome.stdout == f"-db -f {file} -x a b\n"
+    assert "bind 127.0.0.1:8404" in file.read_text()
+    head, _, body = (directory / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert b'"service_unavailable"' in body

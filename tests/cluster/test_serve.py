@@ -1,0 +1,369 @@
+"""`nanoserve serve` as a user runs it: 2 replicas of 2 ranks on a CPU, real HTTP, real kills, nothing left behind."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.process_tree import descendants
+from engine.model_config import Architecture
+from engine.random_checkpoint import sized_config, write_random_checkpoint
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 150.0
+STOP_SECONDS = 40.0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+    return port
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        time.sleep(0.1)
+
+
+class Command:
+    """A running `nanoserve serve`, and every process it causes, recognisable by a mark in their environment."""
+
+    def __init__(self, directory: Path, checkpoint: Path, *options: str) -> None:
+        self.port = free_port()
+        self.mark = uuid.uuid4().hex
+        self.output = directory / "output"
+        self.errors = directory / "errors"
+        command = [sys.executable, "-m", "cluster.cli", "serve", str(checkpoint), "--port", str(self.port), *options]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        with self.output.open("w") as output, self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=output,
+                stderr=errors,
+                env=environment | {"MARK": self.mark},
+            )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    @property
+    def state_directory(self) -> Path | None:
+        told = re.search(r"state and logs in (\S+)\)", self.errors.read_text())
+        return None if told is None else Path(told[1])
+
+    def wait_ready(self) -> None:
+        def is_ready() -> bool:
+            assert self.process.poll() is None, self.errors.read_text()
+            return "is ready" in self.output.read_text()
+
+        until(is_ready, START_SECONDS, "the ready line")
+
+    def signal(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS)
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of all living processes with the mark."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def named(self, name: str) -> list[int]:
+        return [pid for pid, line in self.processes().items() if line.startswith(f"ray::{name}")]
+
+    def ranks(self) -> list[int]:
+        return self.named("Rank")
+
+    def targets(self, kind: str = "") -> list[str]:
+        """The metrics addresses of the processes of one kind, or of all."""
+        listed = self.client.get("/metrics/targets").json()
+        return [target["targets"][0] for target in listed if kind in ("", target["labels"]["nanoserve_process"])]
+
+    def samples(self, name: str, addresses: list[str] | None = None) -> dict[str, float]:
+        """The sum of a metric's samples, per process."""
+        sums = {}
+        for address in self.targets() if addresses is None else addresses:
+            text = httpx.get(f"http://{address}/metrics").text
+            values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+            if values:
+                sums[address] = sum(map(float, values))
+        return sums
+
+    @property
+    def is_idle(self) -> bool:
+        names = ("num_requests_running", "num_requests_waiting", "kv_blocks_used", "routed_requests")
+        return not any(sum(self.samples(f"nanoserve_{name}").values()) for name in names)
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.state_directory is not None:
+            shutil.rmtree(self.state_directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    write_random_checkpoint(path, sized_config(Architecture.LLAMA))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Command]:
+    options = "--tensor-parallel 2 --replicas 2 --threads 1 --cache 8MiB --name tiny --device cpu"
+    command = Command(tmp_path_factory.mktemp("server"), checkpoint, *options.split())
+    try:
+        command.wait_ready()
+        yield command
+    finally:
+        command.close()
+
+
+def completion(**changes: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 8, "ignore_eos": True} | changes
+
+
+@pytest.mark.ray
+def test_the_ready_line_can_be_pasted(server: Command) -> None:
+    first, curl, *rest = server.output.read_text().splitlines()
+    assert first == f"nanoserve is ready: tiny at http://127.0.0.1:{server.port}/v1; try:"
+    assert not rest
+    answer = subprocess.run([*shlex.split(curl), "-sf"], capture_output=True, text=True, check=True)
+    assert '"chat.completion"' in answer.stdout
+
+
+@pytest.mark.ray
+def test_the_official_client_works(server: Command) -> None:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=6,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 6
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.completions.create(model="other", prompt="x")
+    assert raised.value.code == "model_not_found"
+    client.close()
+
+
+@pytest.mark.ray
+def test_an_answer_has_one_request_id(server: Command) -> None:
+    response = server.client.post("/v1/completions", json=completion(), headers={"X-Request-Id": "mine"})
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    assert len(server.client.get("/nowhere").headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.ray
+def test_many_calls_use_every_replica_and_are_counted_exactly(server: Command) -> None:
+    def tokens() -> tuple[float, float]:
+        prompt = server.samples("nanoserve_prompt_tokens_total")
+        return sum(prompt.values()), sum(server.samples("nanoserve_generation_tokens_total").values())
+
+    async def post_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=server.client.base_url, timeout=120, limits=limits) as client:
+            bodies = [completion(prompt=[i % 200, i // 7], max_tokens=1 + i % 9) for i in range(60)]
+            return await asyncio.gather(*[client.post("/v1/completions", json=body) for body in bodies])
+
+    steps = server.samples("nanoserve_engine_steps_total")
+    before = tokens()
+    responses = asyncio.run(post_all())
+    assert {response.status_code for response in responses} == {200}
+    usages = [response.json()["usage"] for response in responses]
+    after = tokens()
+    assert after[0] - before[0] == sum(usage["prompt_tokens"] for usage in usages)
+    assert after[1] - before[1] == sum(usage["completion_tokens"] for usage in usages)
+    now = server.samples("nanoserve_engine_steps_total")
+    assert len(now) == 2
+    assert all(now[address] > steps[address] for address in now)
+    until(lambda: server.is_idle, 5, "all loads to return to zero")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(server: Command, stream: bool) -> None:
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60) as client:
+            body = completion(max_tokens=2000, stream=stream)
+            sending = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.sleep(0.7)
+            assert not sending.done()
+            assert sum(server.samples("nanoserve_num_requests_running").values()) == 1
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    asyncio.run(leave())
+    until(lambda: server.is_idle, 2, "the request to end")
+
+
+@pytest.mark.ray
+def test_nothing_listens_beyond_loopback(server: Command) -> None:
+    addresses = [address for pid in server.processes() for address in listening(pid)]
+    assert len(addresses) > 5
+    assert {address for address in addresses if not is_loopback(address)} == set()
+
+
+@pytest.mark.ray
+def test_a_killed_ingress_ends_its_requests_and_comes_back(server: Command) -> None:
+    replicas = server.targets("replica")
+
+    def num_running() -> float:
+        return sum(server.samples("nanoserve_num_requests_running", replicas).values())
+
+    async def kill_while_streaming() -> None:
+        async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60) as client:
+            body = completion(max_tokens=2000, stream=True)
+            sending = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.sleep(0.7)
+            assert num_running() == 1
+            os.kill(server.named("ServeReplica:nanoserve:Ingress")[0], signal.SIGKILL)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await sending
+
+    asyncio.run(kill_while_streaming())
+    until(lambda: num_running() == 0, 3, "the replicas to abort what nobody reads")
+    answer = server.client.post("/v1/completions", json=completion())
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "service_unavailable"
+    until(lambda: len(server.targets()) == 3 and server.is_idle, 60, "a new ingress")
+
+
+@pytest.mark.ray
+def test_a_killed_rank_is_an_error_and_then_a_new_replica(server: Command) -> None:
+    async def kill_while_streaming() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.client.base_url, timeout=60) as client:
+            body = completion(max_tokens=2000, stream=True)
+            calls = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(4)]
+            await asyncio.sleep(0.7)
+            os.kill(server.ranks()[0], signal.SIGKILL)
+            return await asyncio.gather(*calls)
+
+    responses = asyncio.run(kill_while_streaming())
+    failed = [response for response in responses if "service_unavailable" in response.text]
+    assert len(failed) == 2, "two of four calls ran on the replica that lost a rank"
+    assert all(response.text.rstrip().endswith("[DONE]") for response in responses if response not in failed)
+    assert server.client.post("/v1/completions", json=completion()).status_code == 200, "the other one goes on"
+    until(lambda: len(server.samples("nanoserve_num_requests_running")) == 2, 60, "the new replica")
+    until(lambda: server.is_idle, 5, "all loads to return to zero")
+
+
+@pytest.mark.ray
+def test_interrupting_leaves_nothing_behind(server: Command) -> None:
+    until(lambda: len(server.ranks()) == 4, 30, "the ranks of both replicas")
+    assert len(server.processes()) > 10
+    assert server.signal(signal.SIGINT) == 0
+    assert server.processes() == {}
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass
+    assert server.state_directory is not None
+    assert not server.state_directory.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("line", "delay"), [("Starting a local Ray", 1.5), ("tensor_parallel 2", 1.0)])
+def test_interrupting_the_start_leaves_nothing_behind(
+    tmp_path: Path, checkpoint: Path, line: str, delay: float
+) -> None:
+    command = Command(tmp_path, checkpoint, "--tensor-parallel", "2", "--threads", "1", "--device", "cpu")
+    try:
+        until(lambda: line in command.errors.read_text(), 60, line)
+        time.sleep(delay)
+        assert descendants(command.process.pid)
+        assert command.signal(signal.SIGTERM) == 128 + signal.SIGTERM
+        assert command.processes() == {}
+        assert command.state_directory is not None
+        assert not command.state_directory.exists()
+    finally:
+        command.close()
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path, checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = Command(tmp_path, checkpoint, "--port", port)
+        assert command.process.wait(30) == 2
+    message = command.errors.read_text()
+    assert f"Cannot listen on 127.0.0.1:{port}" in message
+    assert "--port" in message
+    assert "Starting" not in message
+    command.close()
+
+
+def test_a_broken_checkpoint_is_said_before_anything_starts(tmp_path: Path, checkpoint: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    command = Command(tmp_path, broken)
+    assert command.process.wait(30) == 2
+    message = command.errors.read_text()
+    assert message.startswith("nanoserve: ")
+    assert str(broken) in message
+    assert "Traceback" not in message
+    command.close()
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path, checkpoint: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = Command(tmp_path, checkpoint, "--address", address)
+    assert command.process.wait(30) == 2
+    assert f"There is no Ray cluster at {address}" in command.errors.read_text()
+    command.close()
+
+
+def test_a_misspelt_recipe_is_said(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: x\nreplicsa: 2\n")
+    command = Command(tmp_path, recipe)
+    assert command.process.wait(30) == 2
+    assert "unknown key 'replicsa'; did you mean 'replicas'?" in command.errors.read_text()
+    command.close()
+
+
+def listening(pid: int) -> list[str]:
+    """Local addresses, in hexadecimal as the kernel writes them, on which a process listens."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            columns = row.split()
+            if columns[3] == "0A" and columns[9] in inodes:
+                found.append(columns[1].split(":")[0])
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    """127.0.0.1, ::1, or 127.0.0.1 in IPv6's clothes."""
+    return address in {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
