@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.config import ServingConfig, ray_address
+from cluster.generate import generate
+from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint
+from engine.cli import app as engine_app
+from engine.cli import bench
 
 if TYPE_CHECKING:
     from cluster.serving import Server
@@ -21,6 +25,10 @@ app = typer.Typer(
     add_completion=False,
     help="Serve large language models on Ray.",
 )
+
+bench.command("serve")(bench_serve)
+app.add_typer(engine_app)
+app.command("generate")(generate)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -126,8 +134,12 @@ def _run(server: "Server", config: ServingConfig, display: StartDisplay, interru
 
 
 def main() -> Any:
-    """The console script."""
-    sys.exit(app())
+    """The console script; what the project raises on purpose becomes one line on standard error."""
+    try:
+        sys.exit(app())
+    except NanoserveError as error:
+        StartDisplay().fail(error)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
 
 
 if __name__ == "__main__":

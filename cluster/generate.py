@@ -55,7 +55,7 @@ def generate(
 
 
 async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Request, stops: StopStrings) -> None:
-    with tqdm(unit="B", unit_scale=True, desc="loading weights", leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="loading weights", leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -45,7 +45,9 @@ class InlineExecutor:
     def execute(self, batch: Batch) -> Awaitable[StepOutput]:
         """Queue one step from the running event loop; the result raises `EngineDeadError` when it fails."""
         if self._failure is not None:
-            raise self._failure
+            failed: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
+            failed.set_exception(self._failure)
+            return failed
         launched = self._launches.submit(self._launch, batch)
         return asyncio.wrap_future(self._results.submit(self._wait, batch, launched))
 
