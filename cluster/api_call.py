@@ -46,12 +46,16 @@ class ApiCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What differs between the endpoints. `continues`: the answer goes on from the prompt's text."""
+    """What differs between the endpoints. `continues`: the answer goes on from the prompt's text.
+
+    `limit_name` is the field that asked for `max_tokens`; a default, which nobody asked for, may be cut to what fits.
+    """
 
     format: ReplyFormat
     prompts: Sequence[Sequence[int]]
     openings: Sequence[str]
     max_tokens: int
+    limit_name: str | None
     num_logprobs: int | None
     prompt_name: str
     continues: bool
@@ -63,14 +67,15 @@ def open_chat(body: bytes, models: Mapping[str, ServedModel]) -> ApiCall:
     model = find_model(models, wire.model)
     prompt = encode_messages(wire, model)
     asked = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
+    name = _wire_name(wire, "max_tokens")
     if asked == 0:
-        name = _wire_name(wire, "max_tokens")
         raise ApiError.invalid(f"{name} must be at least 1, but is 0.", name, "invalid_value")
     plan = _Plan(
         format=ChatFormat(wire.num_logprobs is not None, bool(wire.return_token_ids)),
         prompts=[prompt],
         openings=[""],
         max_tokens=model.default_max_tokens if asked is None else asked,
+        limit_name=None if asked is None else name,
         num_logprobs=wire.num_logprobs,
         prompt_name="messages",
         continues=False,
@@ -88,6 +93,7 @@ def open_completion(body: bytes, models: Mapping[str, ServedModel]) -> ApiCall:
         prompts=prompts,
         openings=prompt_texts(wire, model) if wire.echo else [""] * len(prompts),
         max_tokens=_DEFAULT_COMPLETION_TOKENS if wire.max_tokens is None else wire.max_tokens,
+        limit_name=None if wire.max_tokens is None else "max_tokens",
         num_logprobs=wire.num_logprobs,
         prompt_name="prompt",
         continues=True,
@@ -115,7 +121,7 @@ def _open(wire: GenerationRequest, model: ServedModel, plan: _Plan) -> ApiCall:
     requests: list[Request] = []
     choices: list[tuple[RequestId, Choice]] = []
     for prompt, opening in zip(plan.prompts, plan.openings, strict=True):
-        fitted = _fit(sampling, len(prompt), model, plan.prompt_name)
+        fitted = _fit(sampling, len(prompt), model, plan)
         seed = secrets.randbits(63) if wire.seed is None else wire.seed
         token_ids = tuple(prompt)
         for i in range(num_choices):
@@ -182,11 +188,13 @@ def _sampling(wire: GenerationRequest, model: ServedModel, plan: _Plan) -> Sampl
     return sampling
 
 
-def _fit(sampling: SamplingParams, num_prompt_tokens: int, model: ServedModel, prompt_name: str) -> SamplingParams:
-    """The same within what the context window leaves after the prompt."""
+def _fit(sampling: SamplingParams, num_prompt_tokens: int, model: ServedModel, plan: _Plan) -> SamplingParams:
+    """The same within what the context window leaves after the prompt; raises `ApiError` for more than that asked."""
     room = model.max_model_len - num_prompt_tokens
     if room < min(1, sampling.max_tokens):
-        raise ApiError.context_length_exceeded(num_prompt_tokens, model.max_model_len, prompt_name)
+        raise ApiError.prompt_too_long(num_prompt_tokens, model.max_model_len, plan.prompt_name)
+    if plan.limit_name is not None and sampling.max_tokens > room:
+        raise ApiError.too_many_tokens(num_prompt_tokens, sampling.max_tokens, model.max_model_len, plan.limit_name)
     return replace(sampling, max_tokens=min(sampling.max_tokens, room), min_tokens=min(sampling.min_tokens, room))
 
 

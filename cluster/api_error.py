@@ -59,12 +59,23 @@ class ApiError(NanoserveError):
         return cls(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
     @classmethod
-    def context_length_exceeded(cls, num_prompt_tokens: int, max_model_len: int, param: str) -> Self:
+    def prompt_too_long(cls, num_prompt_tokens: int, max_model_len: int, param: str) -> Self:
         """400 with the wording and code that LiteLLM, aider, LangChain and KramaBench recognise."""
         return cls.invalid(
             f"This model's maximum context length is {max_model_len} tokens. However, your {param} resulted in "
             f"{num_prompt_tokens} tokens, which leaves no room for a completion. Please reduce the length of the "
             f"{param}.",
+            param,
+            "context_length_exceeded",
+        )
+
+    @classmethod
+    def too_many_tokens(cls, num_prompt_tokens: int, max_tokens: int, max_model_len: int, param: str) -> Self:
+        """400, recognised like the above: prompt and requested answer together exceed the context."""
+        return cls.invalid(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+            f"{num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the prompt, {max_tokens} in the "
+            f"completion). Please reduce the prompt or {param}.",
             param,
             "context_length_exceeded",
         )

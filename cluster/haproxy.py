@@ -1,9 +1,9 @@
 """Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py HOST ERROR_FILE BINARY ARGUMENTS...`.
 
-Three things have no setting in Serve 2.60, and are mended between Serve's start of the program and the program's own:
-it binds HAProxy's stats and metrics pages to every interface; it answers 500 in plain text while no ingress lives; and
-where Serve is killed, its HAProxy lives on and holds the port. `cluster.loopback` narrows the listeners of replicas.
-Run as a program, this uses the standard library only.
+What has no setting in Serve 2.60 is mended between Serve's start of the program and the program's own. It binds
+HAProxy's stats and metrics pages to every interface; it answers 500 in plain text while no ingress lives; it splices
+requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; and where Serve is
+killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
 """
 
 import ctypes
@@ -39,10 +39,10 @@ def write_wrapper(directory: Path, binary: str, host: str) -> Path:
 
 
 def mend(configuration: str, host: str, error_file: str) -> str:
-    """Every `bind` to all interfaces (`*:8404`, `:9101`) moved to `host`, every error page replaced."""
+    """Every `bind` to all interfaces (`*:8404`, `:9101`) moved to `host`, error pages replaced, no splicing."""
     narrow = re.sub(r"^(\s*bind )\*?:(?=\d)", rf"\g<1>{host}:", configuration, flags=re.MULTILINE)
-    narrow = narrow.replace("http-reuse always", "http-reuse never\n    option http-server-close")
-    return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", narrow, flags=re.MULTILINE)
+    unspliced = re.sub(r"^\s*option splice-\w+\n", "", narrow, flags=re.MULTILINE)
+    return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", unspliced, flags=re.MULTILINE)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ class ProcessTree:
             _signal(left, signal.SIGKILL)
             _reap()
             time.sleep(0.02)
+        _reap()
         return len(processes)
 
 

@@ -94,12 +94,20 @@ def test_limits() -> None:
     assert chat(max_tokens=7).requests[0].sampling.max_tokens == 7
     assert chat(max_tokens=7, max_completion_tokens=8).requests[0].sampling.max_tokens == 8
     assert chat(max_tokens=None).requests[0].sampling.max_tokens == 100
-    assert chat(max_tokens=10**9).requests[0].sampling.max_tokens == 256 - num_prompt
+    assert chat(max_tokens=256 - num_prompt).requests[0].sampling.max_tokens == 256 - num_prompt
     assert completion().requests[0].sampling.max_tokens == 16
     assert completion(max_tokens=None).requests[0].sampling.max_tokens == 16
     assert completion(prompt=[5] * 250).requests[0].sampling.max_tokens == 6
-    fitted = completion(prompt=[5] * 250, max_tokens=20, min_tokens=20).requests[0].sampling
+    fitted = completion(prompt=[5] * 250, min_tokens=10).requests[0].sampling
     assert (fitted.max_tokens, fitted.min_tokens) == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_more_than_the_context_is_refused_not_cut(name: str) -> None:
+    error = refused(messages=[{"role": "user", "content": "hi"}], **{name: 250})
+    assert (error.status, error.param, error.code) == (400, name, "context_length_exceeded")
+    assert error.message.startswith("This model's maximum context length is 256 tokens. However, you requested 26")
+    assert refused(prompt=[5] * 250, max_tokens=7).param == "max_tokens"
 
 
 @pytest.mark.parametrize("num_tokens", [256, 257, 5000])

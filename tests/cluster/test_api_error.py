@@ -11,7 +11,7 @@ from tests.cluster import openai_schema
 
 ALL = {
     "invalid": (ApiError.invalid("no", "n"), 400, "n", None),
-    "context": (ApiError.context_length_exceeded(9, 8, "messages"), 400, "messages", "context_length_exceeded"),
+    "context": (ApiError.prompt_too_long(9, 8, "messages"), 400, "messages", "context_length_exceeded"),
     "unauthorized": (ApiError.unauthorized(), 401, None, "invalid_api_key"),
     "model": (ApiError.model_not_found("org/m"), 404, "model", "model_not_found"),
     "path": (ApiError.not_found("/v2"), 404, None, "unknown_url"),
@@ -36,7 +36,7 @@ def test_shape(name: str) -> None:
 
 
 def test_context_overflow_is_worded_as_clients_match_it() -> None:
-    message = ApiError.context_length_exceeded(5000, 4096, "messages").message
+    message = ApiError.prompt_too_long(5000, 4096, "messages").message
     assert message.startswith("This model's maximum context length is 4096 tokens. However, ")
     assert "5000 tokens" in message
 

@@ -7,6 +7,9 @@ from cluster.haproxy import mend, write_wrapper
 
 CONFIGURATION = """\
 defaults
+    option abortonclose
+    option splice-request
+    option splice-response
     errorfile 503 /tmp/500.http
 frontend prometheus
     bind :9101
@@ -27,7 +30,7 @@ def test_only_what_is_open_to_everybody_is_narrowed() -> None:
         "bind 127.0.0.1:80",
         "bind 127.0.0.1:8404",
     ]
-    assert "errorfile 503 /d/e.http" in lines
+    assert lines[:3] == ["defaults", "option abortonclose", "errorfile 503 /d/e.http"]
 
 
 def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.cluster.serve_command import Command, until
 
 from cluster.load_test.serve_benchmark import PROBE_OUTPUT_TOKENS, PROBE_PROMPT_TOKENS
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config, write_random_checkpoint
+from tests.cluster.serve_command import Command, until
 
 TRACES = Path(os.environ.get("NANOSERVE_TEST_DATA", Path(__file__).parents[3] / "shared")) / "traces"
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -122,7 +122,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "negative max_tokens": (dict(max_tokens=-1), 400, "max_tokens"),
     "zero n": (dict(n=0), 400, "n"),
     "hot temperature": (dict(temperature=2.5), 400, "temperature"),
-    "top_p of nothing": (dict(top_p=0), 400, "top_p"),
+    "top_p beyond one": (dict(top_p=1.5), 400, "top_p"),
     "text for a number": (dict(temperature="warm"), 400, "temperature"),
     "a number for text": (dict(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content"),
     "unknown role": (dict(messages=[{"role": "king", "content": "x"}]), 400, "messages[0].role"),
