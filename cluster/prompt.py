@@ -93,6 +93,6 @@ def _template_tool_call(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than anything could print
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -51,6 +51,15 @@ def test_tool_calls_of_the_past_reach_the_template_with_null_content() -> None:
     assert "None" not in text
 
 
+def test_tool_arguments_that_are_no_json_stay_text() -> None:
+    def past(arguments: str) -> list[dict[str, Any]]:
+        call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        return [{"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    assert "not JSON" in prompt_text(messages=past("not JSON"))
+    assert refused(messages=past("[" * 100_000)).code == "context_length_exceeded"
+
+
 def test_null_content_is_an_empty_text_for_the_template() -> None:
     """Templates search in it ("</think>" in content) or print it; neither goes well with a null or a missing key."""
     tokenizer = tiny_tokenizers.make(tiny_tokenizers.byte_level(), "{{ messages[0].content is string }}")
