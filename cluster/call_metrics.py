@@ -9,12 +9,15 @@ from engine import FinishReason, RequestId, TokenOutput
 
 
 class CallMetrics:
-    """Make it when the body has arrived, tell it every delivery, and `close` it; `answered` first, if all went well."""
+    """Tell it every delivery, and `close` it; `answered` first, if all went well.
 
-    def __init__(self, metrics: IngressMetrics, call: ApiCall) -> None:
+    `arrived` is when the last byte of the body was there, by the monotonic clock.
+    """
+
+    def __init__(self, metrics: IngressMetrics, call: ApiCall, arrived: float) -> None:
         self._metrics = metrics
         self._call = call
-        self._started = time.monotonic()
+        self._started = arrived
         self._first: float | None = None
         self._last = self._started
         self._reasons: list[str] = []

@@ -1,7 +1,7 @@
 """`ServingConfig`: one recipe (YAML) or one model directory, plus command-line flags, parsed once and frozen.
 
-Every mistake becomes a `ConfigError` that names the file, the key and what would be right. This is also the only
-module of the project that reads environment variables. It starts nothing and imports neither Ray nor torch.
+Every mistake becomes a `ConfigError` that names the file, the key and what would be right. Settings that come from
+the environment are read here. It starts nothing and imports neither Ray nor torch.
 """
 
 import difflib
@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from engine import ConfigError, DeviceKind, DType, EngineConfig, ModelConfig
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
-CPU_CACHE_BYTES = 1 << 30  # a CPU machine's memory is shared with everything else: never take most of it unasked
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -129,7 +128,7 @@ class ServingConfig(BaseModel):
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
             block_size=self.block_size,
-            cache_bytes=self.cache or (CPU_CACHE_BYTES if device is DeviceKind.CPU else None),
+            cache_bytes=self.cache,
             prefix_caching=self.prefix_caching,
             num_threads=self.threads or num_threads,
         )

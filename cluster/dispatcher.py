@@ -74,7 +74,10 @@ class Dispatcher:
         return call
 
     def abort(self, request_ids: Iterable[RequestId]) -> None:
-        """End requests now; those that have ended are ignored."""
+        """End requests now; those that have ended are ignored.
+
+        A replica that Serve has removed can no longer be called: what it runs for a client that left runs to its end.
+        """
         for request_id in request_ids:
             ended = self._end(request_id, is_complete=False)
             stream = self._streams.get(ended.replica_id) if ended is not None else None
@@ -101,7 +104,9 @@ class Dispatcher:
         await asyncio.gather(*[stream.close() for stream in streams], *self._closing)
 
     def on_hello(self, hello: Hello) -> None:
-        """A replica is ready."""
+        """A replica is ready; one that has left meanwhile gets nothing more to do."""
+        if hello.replica_id not in self._streams:
+            return
         self._targets[hello.replica_id] = hello.metrics
         self._policy.add_replica(hello.replica_id, capacity_tokens=hello.capacity_tokens, block_size=hello.block_size)
 

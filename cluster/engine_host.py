@@ -51,7 +51,6 @@ class EngineHost:
         self._metrics = metrics
         self._ranks = ranks
         self._streams: dict[str, _Stream] = {}
-        self._death: EngineDeadError | None = None
         self._started = time.monotonic()
         if ranks is not None:
             ranks.watch()
@@ -71,9 +70,6 @@ class EngineHost:
                 self._engine.submit(request, stream)
             except RequestError as error:
                 problems.append(pack_problem(error))
-            except EngineDeadError as error:
-                self._death = error
-                raise
             else:
                 stream.open.add(request.request_id)
                 problems.append(None)
@@ -82,7 +78,11 @@ class EngineHost:
     async def outputs(
         self, ingress_id: str, ingress_metrics: MetricsTarget
     ) -> AsyncGenerator[Hello | StepMessage, None]:
-        """The stream of one ingress: a `Hello`, then a message per step, or a heartbeat each second."""
+        """The stream of one ingress: a `Hello`, then a message per step, or a heartbeat each second.
+
+        Raises `EngineDeadError` instead of the `Hello` when the engine has died: nobody shall route to it.
+        """
+        self.check()
         stream = _Stream(ingress_metrics)
         self._end(ingress_id)  # a second stream of an ingress means that it has lost the first
         self._streams[ingress_id] = stream
@@ -105,7 +105,7 @@ class EngineHost:
 
     def check(self) -> None:
         """Raise `EngineDeadError` if the engine or one of its ranks has died. Busy is not dead."""
-        death = self._death or (self._ranks.death if self._ranks is not None else None)
+        death = self._engine.death or (self._ranks.death if self._ranks is not None else None)
         if death is not None:
             raise death
 
@@ -117,9 +117,7 @@ class EngineHost:
 
     async def _next_message(self, stream: "_Stream") -> StepMessage:
         is_heartbeat = not await stream.wait(HEARTBEAT_SECONDS)
-        if stream.death is not None:
-            self._death = stream.death
-        elif is_heartbeat and self._ranks is not None and self._ranks.death is not None:
+        if stream.death is None and is_heartbeat and self._ranks is not None and self._ranks.death is not None:
             stream.fail(self._ranks.death)
         stats = self._engine.stats()
         load = LoadSnapshot(
@@ -130,7 +128,7 @@ class EngineHost:
         return StepMessage(
             outputs=stream.take(),
             load=load,
-            ingresses=tuple(other.metrics for other in self._streams.values()) if is_heartbeat else None,
+            ingresses=stream.news_of(tuple(other.metrics for other in self._streams.values())),
             death=None if stream.death is None else str(stream.death),
         )
 
@@ -151,6 +149,7 @@ class _Stream:
         self.open: set[RequestId] = set()
         self.death: EngineDeadError | None = None
         self._is_ended = False
+        self._told: tuple[MetricsTarget, ...] = ()
         self._rows: list[OutputRow] = []
         self._wake = asyncio.Event()
 
@@ -183,6 +182,13 @@ class _Stream:
         except TimeoutError:
             return False
         return True
+
+    def news_of(self, ingresses: tuple[MetricsTarget, ...]) -> tuple[MetricsTarget, ...] | None:
+        """The ingresses where they are not those told last."""
+        if ingresses == self._told:
+            return None
+        self._told = ingresses
+        return ingresses
 
     def take(self) -> list[OutputRow]:
         self._wake.clear()

@@ -8,6 +8,7 @@ import asyncio
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,16 @@ from cluster.stop_strings import StopStrings
 from cluster.tokenizer import Tokenizer
 from engine import EngineConfig, InlineExecutor, LLMEngine, Request, RequestId, SamplingParams
 
+DEFAULT_MAX_TOKENS = 256
+
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A local checkpoint: config.json, safetensors, tokenizer.")],
     prompt: Annotated[str | None, typer.Argument(help="The prompt; read from standard input if left out.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Generate at most this many tokens [default: 256, or what fits].")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that add up to this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
@@ -34,24 +39,33 @@ def generate(
 ) -> None:
     """Generate text from one prompt and print it as it comes."""
     text = sys.stdin.read() if prompt is None else prompt
-    recipe = ServingConfig.parse({"model": model, "dtype": dtype, "device": device}, where="command line")
-    config = recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
     tokenizer = Tokenizer.load(model)
     if raw or not tokenizer.has_chat_template:
         prompt_ids = tokenizer.encode(text)
     else:
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    config = _engine_config(model, dtype, device)
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, config.max_model_len - len(prompt_ids)))
+    # The cache holds this one sequence, so that a model of a long context needs no more memory than its answer.
+    longest = max(1, min(len(prompt_ids) + max_tokens, config.max_model_len))
+    config = replace(config, max_model_len=longest, max_sequences=1)
     request = Request(
         request_id=RequestId("generate"),
         prompt_token_ids=tuple(prompt_ids),
         sampling=SamplingParams(
-            max_tokens=max(1, min(max_tokens, config.max_model_len - len(prompt_ids))),
+            max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         ),
     )
-    asyncio.run(_print_text(config, tokenizer, request, StopStrings(stop or [])))
+    asyncio.run(_print_text(config, tokenizer, request, StopStrings([text for text in stop or [] if text])))
+
+
+def _engine_config(model: Path, dtype: str, device: str) -> EngineConfig:
+    recipe = ServingConfig.parse({"model": model, "dtype": dtype, "device": device}, where="command line")
+    return recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
 
 
 async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Request, stops: StopStrings) -> None:

@@ -1,7 +1,7 @@
-"""Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py HOST ERROR_FILE BINARY ARGUMENTS...`.
+"""Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py ERROR_FILE BINARY ARGUMENTS...`.
 
 What has no setting in Serve 2.60 is mended between Serve's start of the program and the program's own. It binds
-HAProxy's stats and metrics pages to every interface; it answers 500 in plain text while no ingress lives; it splices
+HAProxy's stats and metrics pages, open to anybody, to every interface; it answers 500 in plain text while no ingress lives; it splices
 requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; and where Serve is
 killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def write_wrapper(directory: Path, binary: str, host: str) -> Path:
+def write_wrapper(directory: Path, binary: str) -> Path:
     """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH."""
     from cluster.api_error import ApiError
 
@@ -32,24 +32,27 @@ def write_wrapper(directory: Path, binary: str, host: str) -> Path:
     answer.write_bytes("\r\n".join([*lines, "", ""]).encode() + error.body())
     script = directory / "haproxy"
     program = str(Path(__file__).resolve())
-    command = shlex.join([sys.executable, "-I", "-S", program, host, str(answer), binary])
+    command = shlex.join([sys.executable, "-I", "-S", program, str(answer), binary])
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
 
 
-def mend(configuration: str, host: str, error_file: str) -> str:
-    """Every `bind` to all interfaces (`*:8404`, `:9101`) moved to `host`, error pages replaced, no splicing."""
-    narrow = re.sub(r"^(\s*bind )\*?:(?=\d)", rf"\g<1>{host}:", configuration, flags=re.MULTILINE)
+def mend(configuration: str, error_file: str) -> str:
+    """Every `bind` to no host (`*:8404`, `:9101`) moved to loopback, error pages replaced, no splicing.
+
+    The API's own `bind` names its host, also where that is 0.0.0.0, and stays.
+    """
+    narrow = re.sub(r"^(\s*bind )\*?:(?=\d)", r"\g<1>127.0.0.1:", configuration, flags=re.MULTILINE)
     unspliced = re.sub(r"^\s*option splice-\w+\n", "", narrow, flags=re.MULTILINE)
     return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", unspliced, flags=re.MULTILINE)
 
 
 def main() -> None:
     """Mend the configuration file among the arguments, die with the parent from now on, become HAProxy."""
-    host, error_file, binary, *arguments = sys.argv[1:]
+    error_file, binary, *arguments = sys.argv[1:]
     file = Path(arguments[arguments.index("-f") + 1])
-    file.write_text(mend(file.read_text(), host, error_file))
+    file.write_text(mend(file.read_text(), error_file))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     os.execv(binary, [binary, *arguments])
 

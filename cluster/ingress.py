@@ -8,12 +8,14 @@ never longer than `KEEP_ALIVE_SECONDS`.
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from cluster.api_call import ApiCall, open_chat, open_completion
@@ -47,11 +49,12 @@ class Ingress:
     async def answer(self, http: Request, opener: Opener) -> Response:
         """Parse the body of a call and begin it; the response does the rest. Raises `ApiError`."""
         body = await read_body(http, self.max_body)
+        arrived = time.monotonic()
         if len(body) > THREAD_BODY_BYTES:
             call = await asyncio.to_thread(opener, body, self.models)
         else:
             call = opener(body, self.models)
-        return CallResponse(self, call)
+        return CallResponse(self, call, arrived)
 
     def open(self, call: ApiCall) -> OpenCall:
         """Send the requests of a call on their way; raises `ApiError`."""
@@ -64,10 +67,10 @@ class Ingress:
 class CallResponse(Response):
     """Runs one call while its client is there, and writes the answer: at its end, or as it grows."""
 
-    def __init__(self, ingress: Ingress, call: ApiCall) -> None:
+    def __init__(self, ingress: Ingress, call: ApiCall, arrived: float) -> None:
         self._ingress = ingress
         self._call = call
-        self._metrics = CallMetrics(ingress.metrics, call)
+        self._metrics = CallMetrics(ingress.metrics, call, arrived)
         self._has_begun = False
         self.background = None
 
@@ -141,7 +144,7 @@ def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> Fas
 
     app = FastAPI(title="nanoserve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(ResponseCount, metrics=ingress.metrics)
-    _add_error_handlers(app)
+    _add_error_handlers(app, ingress.metrics)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
@@ -200,7 +203,7 @@ def error_response(error: ApiError) -> Response:
     return Response(error.body(), error.status, dict(error.headers), "application/json")
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, metrics: IngressMetrics) -> None:
     async def on_api_error(http: Request, error: Exception) -> Response:
         return error_response(ApiError.of(error))
 
@@ -214,12 +217,17 @@ def _add_error_handlers(app: FastAPI) -> None:
             return error_response(ApiError.not_found(http.url.path))
         return error_response(ApiError(error.status_code, str(error.detail)))
 
+    async def on_disconnect(http: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
+
     async def on_bug(http: Request, error: Exception) -> Response:
+        metrics.responded("unknown", 500)  # answered outside the middleware that counts
         logger.error("Unexpected error in %s %s", http.method, http.url.path, exc_info=error)
         return error_response(ApiError.internal())
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_bug)
 
 

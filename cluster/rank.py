@@ -1,6 +1,6 @@
 """One rank as a Ray actor: connects to its engine's socket, starts a `Worker`, runs the steps it is sent.
 
-The only module of this package that brings torch into a process, and only inside `run`. On a GPU a second thread
+Brings torch into its process, and only inside `run`. On a GPU a second thread
 waits for results, so that the next step is launched while the last one computes; on a CPU a launched step is done.
 """
 
@@ -22,10 +22,10 @@ _PROGRESS_STEPS = 200  # reports per loading, at most
 
 
 class Rank:
-    """The actor class. `run` is its one long call; it returns after `Stop` and never raises."""
+    """The actor class. `run` is its one long call; it returns after `Stop`, or after a failure it has reported."""
 
     def run(self, config: EngineConfig, rank: int, socket_path: str, rendezvous: str | None) -> None:
-        """Serve steps until told to stop. Whatever fails is reported before the socket closes."""
+        """Serve steps until told to stop. Raises only where the engine cannot be told: it never could be reached."""
         os.environ.update(LOOPBACK_ENVIRONMENT)
         engine = RankSocket(socket_path)
         engine.send(Hello(rank, os.getpid()))

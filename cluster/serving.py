@@ -25,6 +25,7 @@ from engine import ConfigError, NanoserveError
 
 STOP_SECONDS = 20.0
 ANSWER_SECONDS = 60.0
+SILENCE_SECONDS = 10.0  # how long replicas may wait for their place before we say why
 _POLL_SECONDS = 0.1
 _LONGEST_BASE = 8  # HAProxy's sockets lie deep below it, and their paths may have 97 characters
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about its minimum
@@ -69,6 +70,12 @@ def check_cluster(address: str) -> None:
         ) from None
 
 
+def local_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class Server:
     """One served model on one Ray cluster. `start`, then `close`, in any state and more than once."""
 
@@ -79,7 +86,8 @@ class Server:
         self._tree = ProcessTree()
         self._directory: Path | None = None
         self._is_connected = False
-        self.url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
+        self._is_deployed = False
+        self.url = local_url(config.host, config.port)
 
     def start(self) -> None:
         """Return when every replica serves; raises `ConfigError`, or `StartError` with the cause."""
@@ -114,7 +122,7 @@ class Server:
 
         from cluster.haproxy import write_wrapper
 
-        haproxy = write_wrapper(directory, get_haproxy_binary(), self._config.host)
+        haproxy = write_wrapper(directory, get_haproxy_binary())
         root = str(Path(__file__).resolve().parents[1])
         python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ.update(private_environment(directory, _free_ports(), secrets.token_hex(32), haproxy, python_path))
@@ -151,23 +159,32 @@ class Server:
 
         from cluster import app, startup
 
-        startup.clear_reports()
-        application = app.compose(self._config)
+        if app.APPLICATION in serve.status().applications:
+            raise ConfigError(
+                f"The Ray cluster at {self._address} already runs an application {app.APPLICATION!r}, and has room for "
+                f"one. Stop its `nanoserve serve` (or call `serve.delete({app.APPLICATION!r})`), or choose another "
+                "cluster with --address."
+            )
         config = self._config
+        application = app.compose(config)
+        startup.clear_reports()
         self._narrator.say(f"Starting {config.replicas} x {config.names[0]}, tensor_parallel {config.tensor_parallel}.")
         with _quiet_serve():
             serve.start(http_options={"host": self._config.host, "port": self._config.port})
+            self._is_deployed = True  # from here on there may be something of ours to stop
             serve.run_many(
                 [serve.RunTarget(application, name=app.APPLICATION, route_prefix="/")],
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-        self._wait_until_ready(startup.read_reports, lambda: _application_failure(serve.status(), app.APPLICATION))
+        self._wait_until_ready(startup.read_reports, lambda: serve.status().applications.get(app.APPLICATION))
 
     def _wait_until_ready(
-        self, read_reports: Callable[[], dict[str, Any]], find_failure: Callable[[], str | None]
+        self, read_reports: Callable[[], dict[str, Any]], find_application: Callable[[], Any]
     ) -> None:
         ready_since = None
+        silent_until = time.monotonic() + SILENCE_SECONDS
+        obstacle = ""
         while True:
             reports = read_reports().values()
             for report in reports:
@@ -185,9 +202,14 @@ class Server:
                         f"The replicas are ready, but nothing answers at {self.url}. Serve on a cluster that was "
                         "running before keeps the host and port it was first started with."
                     )
-            failure = find_failure()
+            application = find_application()
+            failure = _failure(application)
             if failure is not None:
                 raise StartError(failure)
+            if len(reports) < self._config.replicas and time.monotonic() > silent_until:
+                last, obstacle = obstacle, _messages(application) or "Waiting for the cluster to place the replicas."
+                if obstacle != last:
+                    self._narrator.say(obstacle)
             time.sleep(_POLL_SECONDS)
 
     def _answers(self) -> bool:
@@ -195,7 +217,7 @@ class Server:
 
         try:
             return httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             return False
 
     def _stop_serve(self) -> None:
@@ -207,17 +229,21 @@ class Server:
         with contextlib.suppress(Exception), _quiet_serve():
             if self._address is None:
                 serve.shutdown()  # type: ignore[no-untyped-call]
-            else:
+            elif self._is_deployed:
                 serve.delete(app.APPLICATION)
         ray.shutdown()
 
 
-def _application_failure(status: Any, name: str) -> str | None:
-    application = status.applications.get(name)
+def _failure(application: Any) -> str | None:
     if application is None or application.status.value not in {"DEPLOY_FAILED", "UNHEALTHY"}:
         return None
-    messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
-    return "\n".join(messages) or application.message or f"The application is {application.status.value}."
+    return _messages(application) or application.message or f"The application is {application.status.value}."
+
+
+def _messages(application: Any) -> str:
+    """What Serve has to say about the deployments, if anything."""
+    deployments = {} if application is None else application.deployments
+    return "\n".join(deployment.message for deployment in deployments.values() if deployment.message)
 
 
 @contextlib.contextmanager

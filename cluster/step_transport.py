@@ -10,6 +10,7 @@ import contextlib
 import pickle
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 
 from engine import Batch, CacheCapacity, NanoserveError, StepOutput
@@ -86,12 +87,15 @@ class RankSocket:
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
+        self._sending = threading.Lock()
         self._decoder = Decoder()
         self._ready: list[Report | Command] = []
 
     def send(self, report: Report) -> None:
         """Give the engine one message; raises `OSError` when it is gone."""
-        self._socket.sendall(encode(report))
+        frame = encode(report)
+        with self._sending:
+            self._socket.sendall(frame)
 
     def receive(self) -> Command:
         """The next command; `Stop` when the engine is gone."""

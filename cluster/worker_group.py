@@ -2,7 +2,8 @@
 
 Ranks are spawned into the replica's own placement group; their lives are watched through Ray, the steps travel over
 `cluster.step_transport`. The first sign of a failing rank ends the group: every waiting step raises an
-`EngineDeadError` that names the rank and the cause, at once. Imports no torch: that is the ranks' business.
+`EngineDeadError` that names the rank and the cause, once that is known or `DIAGNOSIS_SECONDS` have passed. Imports no
+torch: that is the ranks' business.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, Nanoserv
 DIAGNOSIS_SECONDS = 2.0  # Ray tells why a process died a moment after its socket closed
 CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
+_ECHO = "Another rank of the group"  # so begin errors of ranks that only hear of another's; see `engine.worker`
 
 
 class WorkerGroup:
@@ -55,9 +57,19 @@ class WorkerGroup:
 
     def start(self) -> CacheCapacity:
         """Spawn the ranks and wait until every one has loaded; blocks. Raises `ConfigError` or `EngineDeadError`."""
-        self._directory = Path(tempfile.mkdtemp(prefix="nanoserve-ranks-"))
-        path = str(self._directory / "engine")
-        rendezvous = f"file://{self._directory / 'rendezvous'}" if self._config.tensor_parallel > 1 else None
+        try:
+            self._directory = Path(tempfile.mkdtemp(prefix="nanoserve-ranks-"))
+            return self._start(self._directory)
+        except OSError as error:
+            self.close()
+            raise EngineDeadError(f"The ranks could not be started: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, directory: Path) -> CacheCapacity:
+        path = str(directory / "engine")
+        rendezvous = f"file://{directory / 'rendezvous'}" if self._config.tensor_parallel > 1 else None
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
@@ -66,12 +78,8 @@ class WorkerGroup:
                 actor: Any = ray.remote(Rank).options(**options).remote()
                 self._actors.append(actor)
                 self._runs.append(actor.run.remote(self._config, rank, path, rendezvous))
-            try:
-                start = _Start(listener, self._runs, self._progress)
-                return start.wait(self._connections, self._links, self.pids)
-            except BaseException:
-                self.close()
-                raise
+            start = _Start(listener, self._runs, self._progress)
+            return start.wait(self._connections, self._links, self.pids)
 
     def execute(self, batch: Batch) -> asyncio.Future[StepOutput]:
         """Send one step to every rank; the future is rank 0's answer."""
@@ -116,18 +124,26 @@ class WorkerGroup:
             loop.add_reader(link.fileno(), self._on_readable, rank)
 
     def _on_readable(self, rank: int) -> None:
+        assert self._loop is not None
+        if self.death is not None or self._collapse is not None:
+            self._loop.remove_reader(self._links[rank].fileno())  # whatever it says comes too late
+            return
         try:
-            reports = self._links[rank].receive()
+            for report in self._links[rank].receive():
+                self._take(rank, report)
         except OSError:
             self._begin_collapse(rank, None)
-            return
-        for report in reports:
-            if isinstance(report, StepOutput):
-                future = self._waiting.popleft()
-                if not future.done():
-                    future.set_result(report)
-            elif isinstance(report, Failed):
-                self._begin_collapse(rank, report.error)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            self._begin_collapse(rank, EngineDeadError(f"Rank {rank} sent what nobody can use: {what}"))
+
+    def _take(self, rank: int, report: Report) -> None:
+        if isinstance(report, StepOutput):
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(report)
+        elif isinstance(report, Failed):
+            self._begin_collapse(rank, report.error)
 
     def _begin_collapse(self, rank: int, error: NanoserveError | None) -> None:
         assert self._loop is not None
@@ -215,9 +231,21 @@ class _Start:
             case CacheCapacity():
                 self._capacities.append(report)
             case Failed(error=error):
-                raise error
+                raise self._find_cause(error, links)
             case StepOutput():
                 raise AssertionError("a rank answered a step that nobody sent")
+
+    def _find_cause(self, first: NanoserveError, links: dict[int, RankLink]) -> NanoserveError:
+        """The error of a start that `first` tells of: ranks wait for each other, so one that fails fails others."""
+        errors = [first]
+        deadline = time.monotonic() + DIAGNOSIS_SECONDS / 4
+        while len(errors) < len(self._runs) and time.monotonic() < deadline:
+            self._check_lives()
+            for link in links.values():
+                with contextlib.suppress(OSError):
+                    errors += [report.error for report in link.receive() if isinstance(report, Failed)]
+            time.sleep(_POLL_SECONDS / 4)
+        return min(errors, key=lambda error: (str(error).startswith(_ECHO), isinstance(error, EngineDeadError)))
 
     def _check_lives(self) -> None:
         done, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)

@@ -23,7 +23,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
         self._blocks = [Block() for _ in range(num_blocks)]
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -81,7 +81,7 @@ class BlockManager:
 
     def register(self, block_id: int, prefix_hash: bytes) -> None:
         """Offer a block, full and computed, as the end of a prefix; the first block of a prefix keeps it."""
-        if self._prefix_caching and prefix_hash not in self._by_hash:
+        if self.prefix_caching and prefix_hash not in self._by_hash:
             self._by_hash[prefix_hash] = block_id
             self._blocks[block_id].prefix_hash = prefix_hash
 

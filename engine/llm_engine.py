@@ -62,6 +62,7 @@ class LLMEngine:
         self._device_seconds = 0.0
         self._schedule_seconds = 0.0
         self._busy_seconds = 0.0
+        self._busy_since: float | None = None
         self._queue_seconds = 0.0
 
     async def start(self) -> CacheCapacity:
@@ -141,9 +142,14 @@ class LLMEngine:
             num_finished=dict(self._finished),
             device_seconds=self._device_seconds,
             schedule_seconds=self._schedule_seconds,
-            busy_seconds=self._busy_seconds,
+            busy_seconds=self._busy_until_now(),
             queue_seconds=self._queue_seconds,
         )
+
+    @property
+    def death(self) -> EngineDeadError | None:
+        """Why no request is served any more; None while the engine lives."""
+        return self._death
 
     async def close(self) -> None:
         """Stop the loop and the ranks; requests still open fail. Idempotent."""
@@ -160,13 +166,12 @@ class LLMEngine:
                 scheduled = self._schedule()
                 if scheduled is not None:
                     in_flight.append((scheduled, asyncio.ensure_future(self._executor.execute(scheduled.batch))))
+                    self._busy_since = self._busy_since or time.perf_counter()
                 if len(in_flight) > (0 if scheduled is None else 1):
-                    started = time.perf_counter()
                     step, result = in_flight.popleft()
-                    output = await result
-                    self._busy_seconds += time.perf_counter() - started
-                    self._deliver(step, output)
+                    self._deliver(step, await result)
                 elif scheduled is None:
+                    self._busy_seconds, self._busy_since = self._busy_until_now(), None
                     self._wake.clear()
                     await self._wake.wait()
         except Exception as error:
@@ -176,6 +181,9 @@ class LLMEngine:
         finally:
             for _, result in in_flight:
                 result.cancel()
+
+    def _busy_until_now(self) -> float:
+        return self._busy_seconds + (0.0 if self._busy_since is None else time.perf_counter() - self._busy_since)
 
     def _schedule(self) -> ScheduledStep | None:
         started = time.perf_counter()
@@ -255,6 +263,7 @@ class LLMEngine:
 
     def _die(self, error: EngineDeadError) -> None:
         self._death = error
+        self._busy_seconds, self._busy_since = self._busy_until_now(), None
         sinks = {id(open_request.sink): open_request.sink for open_request in self._open.values()}
         self._open.clear()
         for sink in sinks.values():

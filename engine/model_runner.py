@@ -90,8 +90,6 @@ class ModelRunner:
             decode_block_tables=self._pool.tables(rows_S[:num_decodes], decode_width),
             decode_lengths=lengths_S[:num_decodes],
             prefill_block_tables=self._pool.tables(rows_S[num_decodes:], prefill_width),
-            prefill_lengths=lengths_S[num_decodes:],
-            prefill_starts=staged["prefill_start"],
             num_decodes=num_decodes,
             max_decode_length=int(lengths[:num_decodes].max(initial=0)),
             prefill_chunk_sizes=tuple(batch.counts[num_decodes:].tolist()),
@@ -119,14 +117,11 @@ def _step_arrays(batch: Batch, lengths: Int64s) -> dict[str, HostArray]:
     """Rows and positions of the T tokens, the S sequences and the K draws."""
     counts = batch.counts.astype(np.int64)
     ends = counts.cumsum()
-    prefill_starts = np.zeros(len(counts) - batch.num_decodes + 1, dtype=np.int64)
-    counts[batch.num_decodes :].cumsum(out=prefill_starts[1:])
     return {
         "token_row": np.repeat(batch.rows.astype(np.int64), counts),
         "token_position": _ranges(batch.starts, counts),
         "row": batch.rows.astype(np.int64),
         "length": lengths,
-        "prefill_start": prefill_starts,
         "sampled_token": ends[batch.sampled] - 1,
         "sampled_row": batch.rows[batch.sampled].astype(np.int64),
         "sampled_position": lengths[batch.sampled],

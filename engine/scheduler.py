@@ -199,6 +199,8 @@ class Scheduler:
         return peak.with_sequence(num_blocks, *self._predictor.remaining(generated, limits))
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
+        if not self._blocks.prefix_caching:
+            return []
         # At least one token is computed, since its logits are what the sequence came for.
         num_usable = (len(sequence.token_ids) - 1) // self._blocks.block_size
         return self._blocks.match(sequence.hash_blocks(self._blocks.block_size)[:num_usable])
@@ -273,6 +275,8 @@ class Scheduler:
         return ScheduledStep(batch=batch, sampled=sampled)
 
     def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
+        if not self._blocks.prefix_caching:
+            return
         hashes = sequence.hash_blocks(self._blocks.block_size)
         for index in range(sequence.num_registered_blocks, num_full_blocks):
             self._blocks.register(sequence.block_ids[index], hashes[index])

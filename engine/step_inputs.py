@@ -18,9 +18,9 @@ class StepInputs:
 
     `tokens`, `positions` [T]; `slots` [T]: where each token's key and value go, block id * block size + offset.
     `decode_block_tables` [D, B] and `decode_lengths` [D]: blocks and context length (the new token included) of
-    each decode. `prefill_block_tables` [P, B], `prefill_lengths` [P] (context up to and including the chunk) and
-    `prefill_starts` [P + 1]: cumulative chunk sizes, so chunk i is tokens D + starts[i] .. D + starts[i+1] - 1.
-    The host-side ints below are known without a device synchronisation.
+    each decode. `prefill_block_tables` [P, B]. The chunks follow the decodes in order, `prefill_chunk_sizes` tokens
+    each; `prefill_context_lengths` count each sequence's tokens up to and including its chunk. Host-side integers are
+    known without a device synchronisation.
     """
 
     tokens: Tensor
@@ -29,8 +29,6 @@ class StepInputs:
     decode_block_tables: Tensor
     decode_lengths: Tensor
     prefill_block_tables: Tensor
-    prefill_lengths: Tensor
-    prefill_starts: Tensor
     num_decodes: int
     max_decode_length: int
     prefill_chunk_sizes: tuple[int, ...]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import CPU_CACHE_BYTES, ServingConfig, parse_bytes, ray_address
+from cluster.config import ServingConfig, parse_bytes, ray_address
 from engine import ConfigError, DeviceKind, DType
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config, write_random_checkpoint
@@ -74,7 +74,7 @@ def test_a_missing_recipe_and_a_missing_model_differ(tmp_path: Path) -> None:
 def test_the_engine_gets_what_the_recipe_and_the_checkpoint_say(checkpoint: Path) -> None:
     engine = ServingConfig.load(checkpoint, {"tensor_parallel": 2}).engine_config(DeviceKind.CPU, num_threads=3)
     assert (engine.max_model_len, engine.dtype, engine.num_threads) == (2048, DType.FLOAT32, 3)
-    assert engine.cache_bytes == CPU_CACHE_BYTES
+    assert engine.cache_bytes is None
     chosen = ServingConfig.load(checkpoint, {"dtype": "bfloat16", "max_model_len": 64, "threads": 1})
     engine = chosen.engine_config(DeviceKind.CUDA, num_threads=3)
     assert (engine.max_model_len, engine.dtype, engine.num_threads) == (64, DType.BFLOAT16, 1)

@@ -14,20 +14,20 @@ defaults
 frontend prometheus
     bind :9101
 frontend http
-    bind 127.0.0.1:8000
-frontend elsewhere
-    bind *:80
+    bind 0.0.0.0:8000
+frontend http6
+    bind :::8000
 listen stats
   bind *:8404
 """
 
 
-def test_only_what_is_open_to_everybody_is_narrowed() -> None:
-    lines = [line.strip() for line in mend(CONFIGURATION, "127.0.0.1", "/d/e.http").splitlines()]
+def test_the_unprotected_pages_stay_on_loopback_whatever_host_the_api_has() -> None:
+    lines = [line.strip() for line in mend(CONFIGURATION, "/d/e.http").splitlines()]
     assert [line for line in lines if line.startswith("bind")] == [
         "bind 127.0.0.1:9101",
-        "bind 127.0.0.1:8000",
-        "bind 127.0.0.1:80",
+        "bind 0.0.0.0:8000",
+        "bind :::8000",
         "bind 127.0.0.1:8404",
     ]
     assert lines[:3] == ["defaults", "option abortonclose", "errorfile 503 /d/e.http"]
@@ -38,7 +38,7 @@ def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_
     directory.mkdir()
     file = directory / "haproxy.cfg"
     file.write_text(CONFIGURATION)
-    wrapper = write_wrapper(directory, "/bin/echo", "127.0.0.1")
+    wrapper = write_wrapper(directory, "/bin/echo")
     outcome = subprocess.run([wrapper, "-db", "-f", str(file), "-x", "a b"], capture_output=True, text=True, check=True)
     assert outcome.stdout == f"-db -f {file} -x a b\n"
     assert "bind 127.0.0.1:8404" in file.read_text()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
+from cluster.replica_stream import RETRY_SECONDS
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, pack, unpack
 from engine import (
@@ -120,6 +121,7 @@ async def test_all_outputs_of_a_step_are_one_message() -> None:
     assert isinstance(message, StepMessage)
     assert len(message.outputs) == 8
     assert message.load.num_running == 8
+    assert message.ingresses == (INGRESS,), "told once, and again when they change"
     await asyncio.sleep(0.2)  # a slow ingress gets the remaining steps together
     message = await anext(stream)
     assert isinstance(message, StepMessage)
@@ -127,7 +129,7 @@ async def test_all_outputs_of_a_step_are_one_message() -> None:
     assert message.load.num_free_tokens == 64 * 16
     heartbeat = await anext(stream)
     assert isinstance(heartbeat, StepMessage)
-    assert (heartbeat.outputs, heartbeat.ingresses) == ([], (INGRESS,))
+    assert (heartbeat.outputs, heartbeat.ingresses) == ([], None)
     await stream.aclose()
     await replica.host.close()
 
@@ -239,7 +241,10 @@ async def test_a_dead_engine_says_so_to_everybody() -> None:
         await read(call)
     with pytest.raises(EngineDeadError, match="Rank 1 died"):
         replica.host.check()
-    assert not replicas.dispatcher.is_ready
+    with pytest.raises(EngineDeadError, match="Rank 1 died"):
+        await anext(replica.host.outputs("i2", INGRESS))
+    await asyncio.sleep(RETRY_SECONDS + 0.2)
+    assert not replicas.dispatcher.is_ready, "a dead engine says no hello, however often it is asked"
     await replicas.close()
 
 

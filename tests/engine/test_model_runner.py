@@ -119,8 +119,6 @@ def next_token(model: Decoder, device: torch.device, prompt: list[int], drawn: l
         decode_block_tables=nothing.view(0, 1),
         decode_lengths=nothing,
         prefill_block_tables=torch.arange(-(-length // CONFIG.block_size), device=device)[None],
-        prefill_lengths=positions[-1:] + 1,
-        prefill_starts=torch.tensor([0, length], device=device),
         num_decodes=0,
         max_decode_length=0,
         prefill_chunk_sizes=(length,),

@@ -117,8 +117,6 @@ def _step_inputs(
         decode_block_tables=tables[sequences[:num_decodes]],
         decode_lengths=lengths[:num_decodes],
         prefill_block_tables=tables[sequences[num_decodes:]],
-        prefill_lengths=lengths[num_decodes:],
-        prefill_starts=torch.tensor([0, *chunk_sizes]).cumsum(0),
         num_decodes=num_decodes,
         max_decode_length=max(lengths[:num_decodes].tolist(), default=0),
         prefill_chunk_sizes=chunk_sizes,
