@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.replica_stream import ReplicaStream, ReplicaTransport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
-from engine import EngineDeadError, NanoserveError, Request, RequestError, RequestId, TokenOutput
+from engine import EngineDeadError, FinishReason, NanoserveError, Request, RequestError, RequestId, TokenOutput
 
 
 class NoReplicaError(NanoserveError):
@@ -73,16 +73,16 @@ class Dispatcher:
             self._send(request, call)
         return call
 
-    def abort(self, request_ids: Iterable[RequestId]) -> None:
-        """End requests now; those that have ended are ignored.
+    def abort(self, request_ids: Iterable[RequestId], reason: FinishReason = FinishReason.ABORT) -> None:
+        """End requests now; those that have ended are ignored. `reason` is STOP for a stop string.
 
         A replica that Serve has removed can no longer be called: what it runs for a client that left runs to its end.
         """
         for request_id in request_ids:
-            ended = self._end(request_id, is_complete=False)
+            ended = self._end(request_id, is_complete=reason is FinishReason.STOP)
             stream = self._streams.get(ended.replica_id) if ended is not None else None
             if stream is not None:
-                stream.abort(request_id)
+                stream.abort(request_id, reason)
 
     def set_replicas(self, replica_ids: frozenset[str]) -> None:
         """The replicas that run now. One that left finishes what it has, then its stream is closed."""
@@ -223,9 +223,9 @@ class OpenCall:
         finally:
             timer.cancel()
 
-    def abort(self, request_ids: Iterable[RequestId]) -> None:
+    def abort(self, request_ids: Iterable[RequestId], reason: FinishReason = FinishReason.ABORT) -> None:
         """End requests of this call now."""
-        self._dispatcher.abort(request_ids)
+        self._dispatcher.abort(request_ids, reason)
 
     def ended(self, request_id: RequestId) -> None:
         """The dispatcher will say no more about this request."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Protocol
 
 from cluster.routing_policy import LoadSnapshot
-from cluster.step_message import Hello, MetricsTarget, OutputRow, RequestProblem, StepMessage, pack, pack_problem
+from cluster.step_message import Abort, Hello, MetricsTarget, OutputRow, RequestProblem, StepMessage, pack, pack_problem
 from engine import (
     CacheCapacity,
     EngineDeadError,
@@ -56,14 +56,14 @@ class EngineHost:
             ranks.watch()
 
     def submit(
-        self, ingress_id: str, requests: Sequence[Request], aborted: Iterable[RequestId] = ()
+        self, ingress_id: str, requests: Sequence[Request], aborted: Iterable[Abort] = ()
     ) -> list[RequestProblem | None]:
         """Queue requests, and end others; per request None or what is wrong with it. Raises `EngineDeadError`."""
         stream = self._streams.get(ingress_id)
         if stream is None:
             raise EngineDeadError(f"Ingress {ingress_id} has no open stream to this replica.")
-        for request_id in aborted:
-            self._engine.abort(request_id)
+        for request_id, reason in aborted:
+            self._engine.abort(request_id, reason)
         problems: list[RequestProblem | None] = []
         for request in requests:
             try:

@@ -1,9 +1,10 @@
 """Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py ERROR_FILE BINARY ARGUMENTS...`.
 
 What has no setting in Serve 2.60 is mended between Serve's start of the program and the program's own. It binds
-HAProxy's stats and metrics pages, open to anybody, to every interface; it answers 500 in plain text while no ingress lives; it splices
-requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; and where Serve is
-killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
+HAProxy's stats and metrics pages, which ask nobody who they are, to every interface; it answers 500 in plain text
+while no ingress lives; it splices requests, with which HAProxy 2.8.25 overlooks every second client that leaves before
+its answer; and where Serve is killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard
+library only.
 """
 
 import ctypes

@@ -26,6 +26,7 @@ from cluster.metrics import IngressMetrics
 from cluster.reply import KEEP_ALIVE_FRAME
 from cluster.response_count import ResponseCount
 from cluster.served_model import ServedModel, find_model, model_card, model_list
+from engine import FinishReason
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 10.0
@@ -106,7 +107,7 @@ class CallResponse(Response):
                     frames = reply.feed(outputs)
                     aborts = reply.take_aborts()
                     self._metrics.delivered(outputs, aborts)
-                    open_call.abort(aborts)
+                    open_call.abort(aborts, FinishReason.STOP)
                     if reply.done:
                         pending += frames
                         break

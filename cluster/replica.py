@@ -21,9 +21,9 @@ from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
 from cluster.router import TARGET
 from cluster.startup import StartupReport
-from cluster.step_message import PROTOCOL_PICKLE, Hello, MetricsTarget, RequestProblem, StepMessage
+from cluster.step_message import PROTOCOL_PICKLE, Abort, Hello, MetricsTarget, RequestProblem, StepMessage
 from cluster.worker_group import WorkerGroup
-from engine import ConfigError, DeviceKind, EngineDeadError, LLMEngine, Request, RequestId
+from engine import ConfigError, DeviceKind, EngineDeadError, LLMEngine, Request
 
 DEPLOYMENT = "Replica"
 
@@ -56,7 +56,7 @@ class Replica:
         self,
         ingress_id: str,
         requests: Sequence[Request],
-        aborted: Iterable[RequestId],
+        aborted: Iterable[Abort],
         *,
         replica_id: str,
     ) -> list[RequestProblem | None]:
@@ -102,7 +102,7 @@ class ServeTransport:
             messages.cancel()
 
     async def submit(
-        self, ingress_id: str, requests: list[Request], aborted: list[RequestId]
+        self, ingress_id: str, requests: list[Request], aborted: list[Abort]
     ) -> list[RequestProblem | None]:
         """See `ReplicaTransport`."""
         problems: list[RequestProblem | None] = await self._submit.remote(ingress_id, requests, aborted, **self._target)

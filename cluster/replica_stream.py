@@ -10,8 +10,8 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from cluster.step_message import Hello, MetricsTarget, RequestProblem, StepMessage, unpack_problem
-from engine import EngineDeadError, Request, RequestError, RequestId
+from cluster.step_message import Abort, Hello, MetricsTarget, RequestProblem, StepMessage, unpack_problem
+from engine import EngineDeadError, FinishReason, Request, RequestError, RequestId
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
@@ -25,7 +25,7 @@ class ReplicaTransport(Protocol):
         ...
 
     async def submit(
-        self, ingress_id: str, requests: list[Request], aborted: list[RequestId]
+        self, ingress_id: str, requests: list[Request], aborted: list[Abort]
     ) -> list[RequestProblem | None]:
         """Queue and end requests; raises whatever went wrong."""
         ...
@@ -62,7 +62,7 @@ class ReplicaStream:
         self._ingress_id = ingress_id
         self._metrics = metrics
         self._requests: list[Request] = []
-        self._aborted: list[RequestId] = []
+        self._aborted: list[Abort] = []
         self._has_work = asyncio.Event()
         self._reader = self._start_reader(0)
         self._sender = asyncio.create_task(self._send(), name=f"submissions to {replica_id}")
@@ -72,13 +72,13 @@ class ReplicaStream:
         self._requests.append(request)
         self._has_work.set()
 
-    def abort(self, request_id: RequestId) -> None:
+    def abort(self, request_id: RequestId, reason: FinishReason) -> None:
         """End a request with the next submission; one that was not sent yet never is."""
         waiting = [request for request in self._requests if request.request_id != request_id]
         if len(waiting) < len(self._requests):
             self._requests = waiting
             return
-        self._aborted.append(request_id)
+        self._aborted.append((request_id, reason))
         self._has_work.set()
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from engine import FinishReason, RequestError, RequestId, TokenLogprob, TokenOut
 
 OutputRow = tuple[str, tuple[int, ...], int, str | None, tuple[TokenLogprob, ...] | None, int]
 RequestProblem = tuple[str, str | None, str | None]  # message, parameter, code of a RequestError
+Abort = tuple[RequestId, FinishReason]  # a request to end, and why
 PROTOCOL_PICKLE = {"request_serialization": "pickle", "response_serialization": "pickle"}
 
 

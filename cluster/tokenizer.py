@@ -96,6 +96,7 @@ class Tokenizer:
             text: str = self._pretrained.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
             )
+            text.encode()  # half a surrogate pair, out of a tool call's JSON, is no text
         except Exception as error:  # templates are programs: what a conversation makes them raise is not bounded
             message = f"The model's chat template rejected the conversation: {error}"
             raise ApiError.invalid(message, "messages", "chat_template_error") from error

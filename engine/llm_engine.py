@@ -108,17 +108,21 @@ class LLMEngine:
         finally:
             self.abort(request.request_id)
 
-    def abort(self, request_id: RequestId) -> None:
-        """End a request now and free its blocks; unknown and finished ones are ignored."""
+    def abort(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request now and free its blocks; unknown and finished ones are ignored.
+
+        `reason` is STOP where the reader has found the end, by a stop string for example: that is an answer's length to
+        learn from, a client that left is not.
+        """
         open_request = self._open.get(request_id)
         if open_request is not None:
             sequence = open_request.sequence
-            self._finish(sequence, FinishReason.ABORT)
+            self._finish(sequence, reason)
             last = TokenOutput(
                 request_id=request_id,
                 token_ids=(),
                 position=sequence.num_generated,
-                finish_reason=FinishReason.ABORT,
+                finish_reason=reason,
             )
             open_request.sink.put([last])
 

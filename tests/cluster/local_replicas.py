@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from cluster.engine_host import EngineHost
-from cluster.step_message import Hello, MetricsTarget, RequestProblem, StepMessage
+from cluster.step_message import Abort, Hello, MetricsTarget, RequestProblem, StepMessage
 from engine import (
     Batch,
     CacheCapacity,
@@ -14,7 +14,6 @@ from engine import (
     LLMEngine,
     ModelConfig,
     Request,
-    RequestId,
     SimulatedExecutor,
 )
 
@@ -63,7 +62,7 @@ class LocalReplica:
             yield message
 
     async def submit(
-        self, ingress_id: str, requests: Sequence[Request], aborted: Sequence[RequestId]
+        self, ingress_id: str, requests: Sequence[Request], aborted: Sequence[Abort]
     ) -> list[RequestProblem | None]:
         self.num_submissions += 1
         if self.fail_with is not None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
 class Command:
     """A running `nanoserve serve`, and every process it causes, recognisable by a mark in their environment."""
 
-    def __init__(self, directory: Path, checkpoint: Path, *options: str) -> None:
+    def __init__(
+        self, directory: Path, checkpoint: Path, *options: str, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.port = free_port()
         self.mark = uuid.uuid4().hex
         self.output = directory / "output"
@@ -50,7 +52,7 @@ class Command:
                 cwd=ROOT,
                 stdout=output,
                 stderr=errors,
-                env=environment | {"MARK": self.mark},
+                env=environment | dict(variables or {}) | {"MARK": self.mark},
             )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
 

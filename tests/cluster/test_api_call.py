@@ -57,6 +57,7 @@ def test_tool_arguments_that_are_no_json_stay_text() -> None:
         return [{"role": "assistant", "content": None, "tool_calls": [call]}]
 
     assert "not JSON" in prompt_text(messages=past("not JSON"))
+    assert refused(messages=past('{"a": "\\ud800"}')).code == "chat_template_error"
     assert refused(messages=past("[" * 100_000)).code == "context_length_exceeded"
 
 

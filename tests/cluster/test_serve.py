@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -17,6 +18,7 @@ import openai
 import pytest
 
 from cluster.process_tree import descendants
+from cluster.serving import local_url
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from tests.cluster.serve_command import Command, free_port, until
@@ -133,6 +135,26 @@ def test_nothing_listens_beyond_loopback(server: Command) -> None:
 
 
 @pytest.mark.ray
+def test_a_second_server_on_the_cluster_is_refused_and_harms_nobody(
+    tmp_path: Path, checkpoint: Path, server: Command
+) -> None:
+    lines = server.processes()
+    raylet = next(pid for pid, line in lines.items() if "/raylet/raylet " in line)
+    told = re.search(r"--gcs-address=(\S+)", lines[raylet])
+    assert told is not None
+    entries = Path(f"/proc/{raylet}/environ").read_text().rstrip("\0").split("\0")
+    variables = {name: value for name, _, value in (entry.partition("=") for entry in entries) if name[:4] == "RAY_"}
+    command = Command(tmp_path, checkpoint, "--address", told[1], "--device", "cpu", variables=variables)
+    try:
+        assert command.process.wait(60) == 2
+        assert "already runs an application 'nanoserve'" in command.errors.read_text()
+        assert server.client.post("/v1/completions", json=completion()).status_code == 200
+        assert server.processes().keys() >= lines.keys()
+    finally:
+        command.close()
+
+
+@pytest.mark.ray
 def test_a_killed_ingress_ends_its_requests_and_comes_back(server: Command) -> None:
     until(lambda: server.is_idle, 5, "earlier requests to end")
     replicas = server.targets("replica")
@@ -206,6 +228,21 @@ def test_interrupting_the_start_leaves_nothing_behind(
         assert not command.state_directory.exists()
     finally:
         command.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("::1", "http://[::1]:80"),
+        ("localhost", "http://localhost:80"),
+    ],
+)
+def test_the_url_of_a_host_is_one_that_clients_take(host: str, url: str) -> None:
+    assert local_url(host, 80) == url
+    assert httpx.URL(url).scheme == "http"
 
 
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path, checkpoint: Path) -> None:

@@ -1,8 +1,12 @@
-"""The rank actors: the same tokens as one process, and every way a rank can fail surfaces at once, by name."""
+"""The rank actors: the same tokens as one process, and every way a rank can fail surfaces soon, by name."""
 
 import asyncio
 import os
+import pickle
 import signal
+import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,8 +15,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.worker_group import WorkerGroup
+from cluster.step_transport import Failed, Hello, RankLink, RankSocket
+from cluster.worker_group import WorkerGroup, _Start
 from engine import (
+    CapacityError,
     CheckpointError,
     DeviceKind,
     DType,
@@ -20,6 +26,7 @@ from engine import (
     EngineDeadError,
     LLMEngine,
     ModelConfig,
+    NanoserveError,
     Request,
     RequestId,
     SamplingParams,
@@ -134,6 +141,68 @@ def test_a_checkpoint_that_cannot_be_loaded_keeps_its_error(config: EngineConfig
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         group.start()
     assert group._directory is None, "what was made for the ranks is gone"
+
+
+def test_a_start_that_fails_before_any_rank_lives_leaves_nothing(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_long = tmp_path / ("x" * 100)  # for the path of a Unix socket
+    too_long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(too_long))
+    with pytest.raises(EngineDeadError, match="too long"):
+        WorkerGroup(config, RANK_OPTIONS).start()
+    assert list(too_long.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (CapacityError("Another rank of the group has no room."), CapacityError("no room")),
+        (EngineDeadError("Rank 0 failed while starting: lost a peer"), CapacityError("no room")),
+        (CapacityError("no room"), EngineDeadError("Rank 1 failed while starting: lost a peer")),
+    ],
+)
+def test_a_start_that_fails_tells_the_cause(tmp_path: Path, errors: tuple[NanoserveError, NanoserveError]) -> None:
+    path = str(tmp_path / "engine")
+    links: dict[int, RankLink] = {}
+    connections: list[RankLink] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        sockets = [RankSocket(path) for _ in errors]
+        for rank, engine in enumerate(sockets):
+            engine.send(Hello(rank, pid=rank))
+        timers = [
+            threading.Timer(0.3 + 0.2 * rank, engine.send, [Failed(errors[rank])])
+            for rank, engine in enumerate(sockets)
+        ]
+        for timer in timers:
+            timer.start()
+        with pytest.raises(CapacityError, match=r"^no room$"):
+            _Start(listener, [ray.put(rank) for rank in range(2)], None).wait(connections, links, {})
+        for timer in timers:
+            timer.join()
+    for connection in connections:
+        connection.close()
+    for engine in sockets:
+        engine._socket.close()
+
+
+async def test_what_cannot_be_understood_ends_the_group(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive() -> None:
+        raise pickle.UnpicklingError("not a message")
+
+    group = WorkerGroup(config, RANK_OPTIONS)
+    await asyncio.to_thread(group.start)
+    group.watch()
+    waiting = asyncio.get_running_loop().create_future()
+    group._waiting.append(waiting)
+    monkeypatch.setattr(group._links[0], "receive", receive)
+    group._on_readable(0)
+    with pytest.raises(EngineDeadError, match="Rank 0 sent what nobody can use: UnpicklingError"):
+        await asyncio.wait_for(waiting, 5)
+    group._on_readable(0)
+    await asyncio.to_thread(group.close)
 
 
 def test_closing_leaves_no_process(config: EngineConfig) -> None:

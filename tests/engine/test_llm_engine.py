@@ -172,6 +172,21 @@ async def test_abort_frees_blocks_at_once_and_ends_the_stream(
     await engine.close()
 
 
+async def test_a_reader_that_found_the_end_is_a_stop_to_learn_from(
+    engine_config: MakeConfig, capacity: MakeCapacity
+) -> None:
+    executor = SimulatedExecutor(capacity(400), vocab_size=1000, step_seconds=lambda batch: 0.001)
+    engine = LLMEngine(engine_config(), executor)
+    await engine.start()
+    sink = Collector()
+    engine.submit(make_request("a", max_tokens=500), sink)
+    await until(lambda: len(sink.steps) >= 2)
+    engine.abort(RequestId("a"), FinishReason.STOP)
+    assert sink.steps[-1][0].finish_reason is FinishReason.STOP
+    assert engine.stats().num_finished == {"stop": 1} and engine.stats().num_used_blocks == 0
+    await engine.close()
+
+
 async def test_more_requests_than_room_all_finish(engine_config: MakeConfig, capacity: MakeCapacity) -> None:
     engine = LLMEngine(engine_config(), SimulatedExecutor(capacity(260), vocab_size=1000))
     await engine.start()
