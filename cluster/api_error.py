@@ -81,12 +81,6 @@ class ApiError(NanoserveError):
         )
 
     @classmethod
-    def unauthorized(cls) -> Self:
-        """401: no API key, or one that is not known."""
-        message = "Incorrect or missing API key. Send it as `Authorization: Bearer <key>`."
-        return cls(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    @classmethod
     def model_not_found(cls, name: str) -> Self:
         """404: no such model is served."""
         message = f"The model `{name}` does not exist or you do not have access to it."
@@ -107,12 +101,6 @@ class ApiError(NanoserveError):
         """413: the body was not read to its end."""
         message = f"The request body is larger than the {max_bytes} bytes this server accepts."
         return cls(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="request_too_large")
-
-    @classmethod
-    def overloaded(cls, message: str, retry_after_s: float) -> Self:
-        """429: admission refuses now and says when to come back."""
-        headers = _retry_after(retry_after_s)
-        return cls(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
     @classmethod
     def unavailable(cls, message: str, retry_after_s: float = 1.0) -> Self:

@@ -1,5 +1,6 @@
 """`IngressProcess`: the Serve deployment around one `Ingress`. Wires Ray's context to parts that know no Ray."""
 
+import hashlib
 import time
 from typing import Any
 
@@ -56,6 +57,7 @@ class IngressProcess:
             vocab_size=engine_config.model.vocab_size,
             default_max_tokens=config.default_max_tokens,
             created=int(time.time()),
+            fingerprint=_fingerprint(engine_config),
         )
         self._ingress = Ingress({alias: model for alias in model.names}, self._dispatcher, metrics, config.max_body)
 
@@ -66,3 +68,8 @@ class IngressProcess:
     async def _stop(self) -> None:
         await self._dispatcher.close()
         self._endpoint.close()
+
+
+def _fingerprint(config: EngineConfig) -> str:
+    """OpenAI's `system_fingerprint`: equal where the same seed should draw the same tokens."""
+    return "fp_" + hashlib.blake2b(f"{config.model} {config.dtype}".encode(), digest_size=5).hexdigest()

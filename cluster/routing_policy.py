@@ -8,7 +8,7 @@ Loads are kept per request and given back whole when it ends, however it ends.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine import Request, RequestId
@@ -122,13 +122,11 @@ class RoutingPolicy:
         if replica is not None:
             replica.snapshot = snapshot
 
-    def route(self, request: Request, excluded: Collection[str] = ()) -> Decision | None:
+    def route(self, request: Request) -> Decision | None:
         """Choose a replica and count the request there; None when there is no replica to choose."""
         hashes: dict[int, list[int]] = {}
         best: tuple[float, int, Decision] | None = None
         for replica_id, replica in self._replicas.items():
-            if replica_id in excluded:
-                continue
             if replica.block_size not in hashes:
                 hashes[replica.block_size] = self._hash(request, (), replica.block_size)
             cached = self._cached_tokens(replica, request, hashes[replica.block_size])

@@ -114,10 +114,6 @@ class Tokenizer:
             return ByteDetokenizer(self.vocabulary, hidden_ids, continues=bool(after))
         return WindowDetokenizer(self._backend, hidden_ids, after)
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token is hidden by `skip_special_tokens`."""
-        return token_id in self.vocabulary.special_ids
-
 
 def _as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A developer message under the older name, for templates that were written before there was another."""

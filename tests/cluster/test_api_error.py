@@ -12,12 +12,10 @@ from tests.cluster import openai_schema
 ALL = {
     "invalid": (ApiError.invalid("no", "n"), 400, "n", None),
     "context": (ApiError.prompt_too_long(9, 8, "messages"), 400, "messages", "context_length_exceeded"),
-    "unauthorized": (ApiError.unauthorized(), 401, None, "invalid_api_key"),
     "model": (ApiError.model_not_found("org/m"), 404, "model", "model_not_found"),
     "path": (ApiError.not_found("/v2"), 404, None, "unknown_url"),
     "method": (ApiError.method_not_allowed("GET", "/v1/completions"), 405, None, "method_not_allowed"),
     "size": (ApiError.body_too_large(100), 413, None, "request_too_large"),
-    "overloaded": (ApiError.overloaded("busy", 2.4), 429, None, "rate_limit_exceeded"),
     "unavailable": (ApiError.unavailable("down"), 503, None, "service_unavailable"),
     "internal": (ApiError.internal(), 500, None, "internal_error"),
 }
@@ -42,8 +40,8 @@ def test_context_overflow_is_worded_as_clients_match_it() -> None:
 
 
 def test_waiting_times_are_whole_seconds_and_never_zero() -> None:
-    assert ApiError.overloaded("busy", 2.4).headers == {"Retry-After": "3", "retry-after-ms": "2400"}
-    assert ApiError.overloaded("busy", 0).headers == {"Retry-After": "1", "retry-after-ms": "1"}
+    assert ApiError.unavailable("busy", 2.4).headers == {"Retry-After": "3", "retry-after-ms": "2400"}
+    assert ApiError.unavailable("busy", 0).headers == {"Retry-After": "1", "retry-after-ms": "1"}
 
 
 def test_exceptions_become_answers() -> None:

@@ -36,7 +36,6 @@ def route(made: RoutingPolicy, sent: Request) -> Decision:
 
 def test_no_replica_no_decision() -> None:
     assert policy().route(request("r", range(8))) is None
-    assert policy("a").route(request("r", range(8)), excluded={"a"}) is None
 
 
 def test_equal_replicas_take_turns() -> None:
