@@ -1,5 +1,6 @@
 """The `nanoserve` command. Commands parse options, call one object, and print; the rest is elsewhere."""
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from cluster.config import ServingConfig, ray_address
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
-from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint
+from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_host_memory
 from engine.cli import app as engine_app
 from engine.cli import bench
 
@@ -82,16 +83,20 @@ def serve(
     display = StartDisplay()
     try:
         config = ServingConfig.load(model, overrides)
-        _check(config)
+        _check(config, ray_address(address))
     except ConfigError as error:
         display.fail(error)
         raise typer.Exit(EXIT_CONFIG) from None
     raise typer.Exit(_serve(config, ray_address(address), display))
 
 
-def _check(config: ServingConfig) -> None:
-    """Refuse what cannot work before anything is started. The device matters to no check, so any will do."""
-    check_checkpoint(config.engine_config(DeviceKind.CPU))
+def _check(config: ServingConfig, address: str | None) -> None:
+    """Refuse what cannot work before anything is started. Memory is checked where the ranks will surely be here."""
+    engine_config = config.engine_config(DeviceKind.CUDA if config.device == "cuda" else DeviceKind.CPU)
+    check_checkpoint(engine_config)
+    has_gpu = config.device == "auto" and shutil.which("nvidia-smi") is not None
+    if address is None and not has_gpu:
+        check_host_memory(engine_config, config.replicas)
 
 
 def _serve(config: ServingConfig, address: str | None, display: StartDisplay) -> int:

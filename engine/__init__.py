@@ -20,6 +20,7 @@ from engine.errors import (
 from engine.executor import CacheCapacity, Executor
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine, OutputSink
+from engine.memory_budget import check_host_memory
 from engine.model_config import DType, ModelConfig
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
@@ -65,4 +66,5 @@ __all__ = [
     "WorkloadName",
     "WorkloadSource",
     "check_checkpoint",
+    "check_host_memory",
 ]

@@ -16,13 +16,14 @@ from engine.config import DeviceKind, EngineConfig
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.host_memory import keep_freed_memory
-from engine.kv_cache import KVCache, available_bytes, num_affordable_blocks
+from engine.kv_cache import KVCache
+from engine.memory_budget import available_host_bytes, num_affordable_blocks
 from engine.model_runner import ModelRunner
 from engine.models import build_model
-from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
+from engine.weight_layout import rank_weight_bytes
 from engine.weights import load_weights
 
 # Ranks may be started minutes apart on a busy cluster and read their weights at different speeds.
@@ -59,7 +60,7 @@ class Worker:
         device = self._select_device()
         tensor_parallel = self._join_group()
         dtype: torch.dtype = getattr(torch, config.dtype.value)
-        self._check_weights_fit(dtype, device)
+        self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device)
         load_weights(model, config, tensor_parallel, progress)
         warm_up(config, model, device)
@@ -117,10 +118,9 @@ class Worker:
         self._owns_group = True
         return TensorParallel(rank=self._rank, size=size, group=dist.group.WORLD)
 
-    def _check_weights_fit(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Refuse before reading anything what cannot be held; shapes without storage tell this rank's share."""
-        tensor_parallel = TensorParallel(rank=self._rank, size=self._config.tensor_parallel)
-        num_bytes = weight_bytes(build_model(self._config.model, tensor_parallel, dtype, torch.device("meta")))
+    def _check_weights_fit(self, device: torch.device) -> None:
+        """Refuse before reading anything what cannot be held."""
+        num_bytes = rank_weight_bytes(self._config.model, self._config.dtype, self._config.tensor_parallel)
         # Ranks on a CPU share its memory; each counts only its own part, as the others may have taken theirs.
         free = available_bytes(device)
         if num_bytes > free:
@@ -155,7 +155,6 @@ class Worker:
         return int(agreed.item())
 
 
-def weight_bytes(model: Decoder) -> int:
-    """Bytes of the model's parameters and buffers, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def available_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now: the device's free memory, or what the operating system can still give."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()

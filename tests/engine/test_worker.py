@@ -16,7 +16,8 @@ from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import CapacityError, CheckpointError, ConfigError, EngineDeadError
 from engine.inline_executor import InlineExecutor
-from engine.kv_cache import KVCache, num_affordable_blocks
+from engine.kv_cache import KVCache
+from engine.memory_budget import bytes_per_block, num_affordable_blocks
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.request import SamplingParams
@@ -180,10 +181,10 @@ def test_wrong_ranks_and_devices_are_refused(config: EngineConfig) -> None:
 
 
 def test_cache_sizing(config: EngineConfig) -> None:
-    per_block = KVCache.bytes_per_block(config)
+    per_block = bytes_per_block(config)
     cache = KVCache.allocate(config, 3, torch.device("cpu"))
     assert per_block * 3 == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert KVCache.bytes_per_block(config, 2) == per_block // 2
+    assert bytes_per_block(replace(config, tensor_parallel=2)) == per_block // 2
     free = 2**34
     by_bytes = replace(config, num_blocks=None, cache_bytes=100 * per_block + 1)
     by_default = replace(config, num_blocks=None)
@@ -197,7 +198,7 @@ def test_cache_sizing(config: EngineConfig) -> None:
 
 def test_default_holds_the_longest_sequence_where_memory_allows(config: EngineConfig) -> None:
     large = replace(config, num_blocks=None, max_model_len=2048, model=replace(config.model, num_layers=2000))
-    assert KVCache.bytes_per_block(large) * 512 > 2**30
+    assert bytes_per_block(large) * 512 > 2**30
     assert num_affordable_blocks(large, 2**34) == 512
 
 

@@ -1,0 +1,85 @@
+"""The memory budget of an engine: bytes of its weights and of a KV block, and how many blocks a rank can afford.
+
+Torch-free, so that what cannot fit is refused before any rank starts. Knows the host's memory; a GPU's is known only
+where the GPU is, and given to `num_affordable_blocks` from there.
+"""
+
+import os
+
+from engine.config import DeviceKind, EngineConfig
+from engine.errors import CapacityError
+from engine.weight_layout import rank_weight_bytes
+
+DEFAULT_CPU_CACHE_BYTES = 2**30  # per rank, where the user names no size: a laptop shall survive the default
+
+
+def bytes_per_block(config: EngineConfig) -> int:
+    """Bytes one block takes on one rank: keys and values of all layers."""
+    model = config.model
+    num_kv_heads = model.kv_heads_per_rank(config.tensor_parallel)
+    return 2 * model.num_layers * num_kv_heads * config.block_size * model.head_dim * config.dtype.num_bytes
+
+
+def available_host_bytes() -> int:
+    """Memory that the operating system can still give."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def check_host_memory(config: EngineConfig, num_groups: int = 1) -> None:
+    """Raise `CapacityError` unless `num_groups` groups of CPU ranks fit this machine: their weights, and a cache each.
+
+    Says nothing of GPUs: how much memory is free there, their ranks find out.
+    """
+    if config.device is not DeviceKind.CPU:
+        return
+    weights = rank_weight_bytes(config.model, config.dtype, config.tensor_parallel)
+    free = available_host_bytes()
+    num_ranks = num_groups * config.tensor_parallel
+    if num_ranks * weights > free:
+        raise CapacityError(
+            f"The weights of {num_ranks} ranks take {num_ranks * weights / 2**30:.2f} GiB in {config.dtype.value}, but "
+            f"only {free / 2**30:.2f} GiB of this machine's memory are free: use a smaller dtype or model."
+        )
+    num_affordable_blocks(config, (free - num_ranks * weights) // num_groups)
+
+
+def num_affordable_blocks(config: EngineConfig, free_bytes: int) -> int:
+    """Blocks of one rank, given the `free_bytes` of its device; raises `CapacityError` when no sequence would fit.
+
+    `num_blocks` decides, else `cache_bytes`, else `cache_fraction` of the free memory: all of it on a GPU, which
+    belongs to one rank; on a CPU the rank's share of the machine, and no more than `DEFAULT_CPU_CACHE_BYTES` (or
+    one longest sequence), because there the memory is the machine's and the user may be running other things.
+    """
+    per_block = bytes_per_block(config)
+    needed = config.max_blocks_per_sequence
+    if config.num_blocks is not None:
+        num_blocks, budget, source = config.num_blocks, config.num_blocks * per_block, "num_blocks"
+    else:
+        if config.cache_bytes is not None:
+            budget, source = config.cache_bytes, "cache_bytes"
+        elif config.device is DeviceKind.CUDA:
+            budget, source = int(config.cache_fraction * free_bytes), "cache_fraction"
+        else:
+            share = int(config.cache_fraction * free_bytes / config.tensor_parallel)
+            wanted = max(DEFAULT_CPU_CACHE_BYTES, needed * per_block)
+            budget, source = min(share, wanted), "cache_fraction of this rank's share of the free memory"
+        num_blocks = budget // per_block
+    if num_blocks < needed:
+        raise CapacityError(
+            f"The KV cache holds {num_blocks * config.block_size} tokens, but one sequence of max_model_len "
+            f"{config.max_model_len} needs {needed} blocks = {needed * per_block / 2**20:.1f} MiB per rank, and "
+            f"{source} gives {budget / 2**20:.1f} MiB. Lower max_model_len, or raise cache_bytes or num_blocks."
+        )
+    if budget > free_bytes:
+        raise CapacityError(
+            f"{source} asks for a KV cache of {budget / 2**30:.2f} GiB per rank, but only {free_bytes / 2**30:.2f} GiB "
+            f"are free on the {config.device.value} device: at most {free_bytes // per_block} blocks fit."
+        )
+    return int(num_blocks)
