@@ -13,6 +13,7 @@ from cluster.config import ServingConfig, ray_address
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
+from cluster.tokenizer import Tokenizer
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_host_memory
 from engine.cli import app as engine_app
 from engine.cli import bench
@@ -94,6 +95,7 @@ def _check(config: ServingConfig, address: str | None) -> None:
     """Refuse what cannot work before anything is started. Memory is checked where the ranks will surely be here."""
     engine_config = config.engine_config(DeviceKind.CUDA if config.device == "cuda" else DeviceKind.CPU)
     check_checkpoint(engine_config)
+    Tokenizer.load(config.model)
     has_gpu = config.device == "auto" and shutil.which("nvidia-smi") is not None
     if address is None and not has_gpu:
         check_host_memory(engine_config, config.replicas)

@@ -51,7 +51,7 @@ class ServingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path
-    name: str | None = None  # what clients call it; the directory's name unless given
+    name: Annotated[str, Field(min_length=1)] | None = None  # what clients call it; the directory's name unless given
     aliases: tuple[str, ...] = ()
 
     replicas: Count = 1

@@ -147,7 +147,9 @@ class Server:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="nanoserve", **options)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if self._address is None:
+                raise StartError(f"Ray could not be started: {error}") from error
             raise ConfigError(f"There is no Ray cluster at {self._address}: {error}") from None
         finally:
             for number, handler in handlers.items():

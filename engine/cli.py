@@ -42,6 +42,13 @@ class ArchitectureName(StrEnum):
     QWEN3_MOE = "qwen3-moe"
 
 
+def check_json_file(name: str | None) -> str | None:
+    """Refuse a file that cannot be written before anything is measured for it."""
+    if name not in (None, "-") and not Path(name).absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder {Path(name).absolute().parent} does not exist.")
+    return name
+
+
 # Options that `bench offline` and `bench serve` share.
 InputLength = Annotated[str, typer.Option("--input-len", help="Prompt tokens: 512, or a range 128:512.")]
 OutputLength = Annotated[str, typer.Option("--output-len", help="Output tokens: 128, or a range 16:256.")]
@@ -53,7 +60,10 @@ TraceFile = Annotated[
 NumRequests = Annotated[int | None, typer.Option(min=1, help="How many [default: all of a trace, else 100].")]
 LengthDivisor = Annotated[int, typer.Option(min=1, help="Divide all lengths by this, rounding up.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of lengths, arrivals and prompts.")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", callback=check_json_file, help="Write the result as JSON; - is stdout."),
+]
 
 
 @bench.command("offline")

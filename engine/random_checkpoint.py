@@ -91,7 +91,10 @@ def write_random_checkpoint(path: Path, config: ModelConfig, seed: int = 0) -> N
     The same config and seed give the same bytes. Raises `ConfigError` when config.json cannot express `config`,
     when the vocabulary is smaller than a byte-level one, or when the folder holds another checkpoint's index.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot make the folder {path}: {error.strerror}.") from None
     if (path / INDEX_FILE).exists():
         raise ConfigError(f"{path} already holds a checkpoint of several files; name another folder.")
     write_tokenizer(path, config.vocab_size, config.max_position_embeddings)
