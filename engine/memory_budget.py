@@ -47,7 +47,9 @@ def check_host_memory(config: EngineConfig, num_groups: int = 1) -> None:
             f"The weights of {num_ranks} ranks take {num_ranks * weights / 2**30:.2f} GiB in {config.dtype.value}, but "
             f"only {free / 2**30:.2f} GiB of this machine's memory are free: use a smaller dtype or model."
         )
-    num_affordable_blocks(config, (free - num_ranks * weights) // num_groups)
+    # A size that the user gave is every rank's own; the default is a share of what its group gets.
+    is_given = config.cache_bytes is not None or config.num_blocks is not None
+    num_affordable_blocks(config, (free - num_ranks * weights) // (num_ranks if is_given else num_groups))
 
 
 def num_affordable_blocks(config: EngineConfig, free_bytes: int) -> int:
