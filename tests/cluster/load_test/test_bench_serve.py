@@ -42,7 +42,7 @@ def test_a_closed_loop_reports_everything_as_json(server: FakeServer) -> None:
     assert (result["num_prompt_tokens"], result["num_output_tokens"]) == (72, 60)
     assert result["model"] == "fake-model"
     assert result["ttft_ms"]["p50"] >= 20
-    assert result["tpot_ms"]["p50"] >= 5
+    assert result["tpot_ms"]["p50"] >= 4  # gaps as they arrive vary around the server's 5 ms
     assert result["offered_requests_per_second"] is None
     assert len(server.bodies) == 13  # the probe is not measured
 

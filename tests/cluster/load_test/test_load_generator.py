@@ -54,8 +54,9 @@ async def test_times_to_first_and_per_token_are_the_servers(server: FakeServer) 
     report = LatencyReport.of(outcomes, num_planned=10)
     assert report.errors == {}
     assert 0.2 <= report.ttft.p50 < 0.4
-    assert 0.03 <= report.tpot.p50 < 0.06
-    assert 0.03 <= report.itl.p50 < 0.06
+    # A chunk that arrives late makes the next gap shorter than the server made it.
+    assert 0.024 <= report.tpot.p50 < 0.06
+    assert 0.024 <= report.itl.p50 < 0.06
     assert 0.5 <= report.e2e.p50 < 1.0
     assert report.itl.count <= 10 * 10
     assert (report.num_prompt_tokens, report.num_output_tokens, report.num_cached_tokens) == (30, 110, 10)
@@ -65,8 +66,8 @@ async def test_tokens_that_come_together_do_not_shorten_the_time_per_token(serve
     server.tokens_per_chunk, server.chunk_seconds = 5, 0.1
     outcomes = await generate(server, workload(4, output=21))
     report = LatencyReport.of(outcomes, num_planned=4)
-    assert 0.02 <= report.tpot.p50 < 0.04  # 4 gaps of 100 ms over 20 tokens
-    assert 0.1 <= report.itl.p50 < 0.2
+    assert 0.016 <= report.tpot.p50 < 0.04  # 4 gaps of 100 ms over 20 tokens
+    assert 0.08 <= report.itl.p50 < 0.2
 
 
 async def test_open_loop_sends_on_time_whether_or_not_answers_come(server: FakeServer) -> None:
