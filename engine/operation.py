@@ -1,13 +1,16 @@
-"""What a layer tells the pipeline about itself: it is an `Operation` that mainly uses one `Resource`.
+"""What a layer tells the pipeline about itself: which resource it strains, which tokens it needs, how much work it is.
 
 Models are made of Operations and plain arithmetic; the tracer of the nano-batch pipeline treats an Operation as a
 leaf. Nothing here knows about streams, nano-batches or ranks.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from engine.batch_shape import BatchShape
 
 
 class Resource(StrEnum):
@@ -18,7 +21,69 @@ class Resource(StrEnum):
     NETWORK = "network"
 
 
+class TokenKind(StrEnum):
+    """The tokens of a range that an operation computes."""
+
+    ALL = "all"
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+class CacheUse(StrEnum):
+    """Whether an operation touches the KV cache: attention of a later range may read what an earlier one writes."""
+
+    NONE = "none"
+    WRITE = "write"
+    READ = "read"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one rank does for an operation. Bytes and floating-point operations, a multiplication and an addition each.
+
+    `weight_bytes` are read once, however many tokens there are. `sharded_bytes` of activations and cache differ from
+    rank to rank; `replicated_bytes` are the same tokens on each, which a count over the whole group takes once.
+    `network_bytes` leave this rank.
+    """
+
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+    sharded_bytes: float = 0.0
+    replicated_bytes: float = 0.0
+    network_bytes: float = 0.0
+
+    @property
+    def memory_bytes(self) -> float:
+        """Everything this rank moves to and from its memory."""
+        return self.weight_bytes + self.sharded_bytes + self.replicated_bytes
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            flops=self.flops + other.flops,
+            weight_bytes=self.weight_bytes + other.weight_bytes,
+            sharded_bytes=self.sharded_bytes + other.sharded_bytes,
+            replicated_bytes=self.replicated_bytes + other.replicated_bytes,
+            network_bytes=self.network_bytes + other.network_bytes,
+        )
+
+
 class Operation(nn.Module):
-    """A leaf of the operation graph; subclasses name the resource that bounds them."""
+    """A leaf of the operation graph.
+
+    Subclasses name the resource that bounds them, and where it is not the usual: the tokens they compute, whether they
+    touch the KV cache, and whether their result may take the place of their only input in memory (`is_in_place`).
+    `work` must be given by every operation that costs time, so that costs follow from the model and nothing else.
+    """
 
     resource: ClassVar[Resource]
+    tokens: ClassVar[TokenKind] = TokenKind.ALL
+    cache: ClassVar[CacheUse] = CacheUse.NONE
+    is_in_place: ClassVar[bool] = False
+
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """The work of this rank for the tokens of `shape`, with activations of `element_bytes` an element."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how much work it is: give it a work() method.")
+
+    def into(self, output: Tensor, *inputs: object) -> None:
+        """Compute as `forward` does, with the result in `output`, which has its shape and dtype."""
+        output.copy_(self(*inputs))

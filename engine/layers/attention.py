@@ -14,7 +14,7 @@ from engine.kernels import reference
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryTable, rotate
 from engine.model_config import ModelConfig
-from engine.operation import Operation, Resource
+from engine.operation import CacheUse, Operation, Resource, TokenKind
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
@@ -23,6 +23,7 @@ class RotaryAndKVWrite(Operation):
     """Normalises (where the model does) and rotates queries and keys; stores keys and values; returns the queries."""
 
     resource = Resource.MEMORY
+    cache = CacheUse.WRITE
 
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel, rotary: RotaryTable) -> None:
         super().__init__()
@@ -51,6 +52,8 @@ class DecodeAttention(Operation):
     """Attention of the decode tokens, one per sequence."""
 
     resource = Resource.MEMORY
+    tokens = TokenKind.DECODE
+    cache = CacheUse.READ
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -81,6 +84,8 @@ class PrefillAttention(Operation):
     """Attention of the prefill chunks: causal inside a chunk, over everything cached before it."""
 
     resource = Resource.COMPUTE
+    tokens = TokenKind.PREFILL
+    cache = CacheUse.READ
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ class AllReduce(Operation):
     """Sums the ranks' partial results; may reuse its input's memory."""
 
     resource = Resource.NETWORK
+    is_in_place = True
 
     def __init__(self, tensor_parallel: TensorParallel) -> None:
         super().__init__()
