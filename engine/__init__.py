@@ -7,7 +7,7 @@ device; the `LLMEngine`, already one step ahead, delivers them as `TokenOutput`s
 This module is the port: everything another package needs. It imports no torch; a worker does, when it is made.
 """
 
-from engine.batch import Admission, Batch, StepOutput
+from engine.batch import Admission, Batch, StepOutput, StepTimes
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import (
     CapacityError,
@@ -20,6 +20,8 @@ from engine.errors import (
 from engine.executor import CacheCapacity, Executor
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine, OutputSink
+from engine.loss import Loss
+from engine.loss_waterfall import LossWaterfall
 from engine.memory_budget import check_host_memory
 from engine.model_config import DType, ModelConfig
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
@@ -49,6 +51,8 @@ __all__ = [
     "InlineExecutor",
     "LLMEngine",
     "LengthRange",
+    "Loss",
+    "LossWaterfall",
     "ModelConfig",
     "NanoserveError",
     "OutputSink",
@@ -59,6 +63,7 @@ __all__ = [
     "SamplingParams",
     "SimulatedExecutor",
     "StepOutput",
+    "StepTimes",
     "SyntheticPrompts",
     "TokenLogprob",
     "TokenOutput",

@@ -55,14 +55,33 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Where the device time of one step went, on one rank, in seconds; what is not named here is memory-bound rest.
+
+    `gemm_seconds` are matrix products: projections, experts, the output head. `attention_seconds` is attention on the
+    compute path, of decodes and of prefills. `exposed_network_seconds` is the time computation waited for collectives,
+    or was interrupted by them; `network_seconds` the time at least one collective was in flight, hidden or not.
+    """
+
+    gemm_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    exposed_network_seconds: float = 0.0
+    network_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """What rank 0 returns: the drawn tokens [K], in the order of `Batch.sampled`.
 
     `logprobs` is None when no sequence of the batch asked for any; else one entry per drawn token, None for those
-    that did not ask. `device_seconds` is the time the ranks spent computing the step.
+    that did not ask. `device_seconds` is the time the ranks spent computing the step, `times` its parts where they
+    were measured. `plan` names the schedule that ran; `num_padding_tokens` rows were computed for nothing, to fill it.
     """
 
     step: int
     token_ids: IntArray
     logprobs: tuple[TokenLogprob | None, ...] | None = None
     device_seconds: float = 0.0
+    times: StepTimes | None = None
+    plan: str = "sequential"
+    num_padding_tokens: int = 0

@@ -19,6 +19,19 @@ class DeviceKind(StrEnum):
     CUDA = "cuda"
 
 
+class PipelineMode(StrEnum):
+    """How a step runs through the layers; see docs/pipeline.md.
+
+    OVERLAP runs the nano-batch plan that was measured to be the fastest for a batch like it, and one operation after
+    the other where none is faster than that. NANOBATCH cuts the batch as OVERLAP would but overlaps nothing;
+    SEQUENTIAL does not cut: both are there to compare with.
+    """
+
+    SEQUENTIAL = "sequential"
+    NANOBATCH = "nanobatch"
+    OVERLAP = "overlap"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One engine: a model, its tensor-parallel group and its limits. Construction raises `ConfigError`.
@@ -44,6 +57,7 @@ class EngineConfig:
     num_blocks: int | None = None
     prefix_caching: bool = True
     num_threads: int | None = None
+    pipeline: PipelineMode = PipelineMode.OVERLAP
 
     def __post_init__(self) -> None:
         positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")

@@ -9,10 +9,17 @@ from engine.batch import Batch, StepOutput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheCapacity:
-    """How many KV blocks fit, and how many tokens each holds; the same on every rank."""
+    """How many KV blocks fit, how many tokens each holds, and how fast a device multiplies; the same on every rank.
+
+    The rates are floating-point operations per second of one device, measured where the ranks compute:
+    `gemm_flops_per_second` is the peak, `dense_flops_per_second` what the model's own products reach at the full dense
+    batch. None where nobody measured: then the percent of the optimum is unknown.
+    """
 
     num_blocks: int
     block_size: int
+    gemm_flops_per_second: float | None = None
+    dense_flops_per_second: float | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -4,8 +4,12 @@ Method: for each of several shapes (large squares, and the model's own projectio
 the model calls it, `activations [M, K] x weights [N, K]`, repeatedly after a warm-up, and take the median; the peak is
 the best median over the shapes. Weights and activations are random, because constant data lets some chips clock
 higher. A data sheet's figure is not used anywhere.
+
+`quick` is for the start of a served rank: fewer and, on a CPU, smaller products, and of each the fastest repetition
+instead of the median: of a few, and with neighbours still loading, that is what noise cannot make too small.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,58 +28,97 @@ METHOD = "best over shapes of the median time of linear(x [M, K], w [N, K]), ran
 SQUARES = {DeviceKind.CPU: (1024, 2048), DeviceKind.CUDA: (4096, 8192)}
 SECONDS_PER_SHAPE = 0.4
 MIN_REPETITIONS, MAX_REPETITIONS = 5, 200
+QUICK_SQUARES = {DeviceKind.CPU: (768,), DeviceKind.CUDA: (4096, 8192)}
+QUICK_SECONDS_PER_SHAPE = 0.08
+QUICK_CPU_PRODUCTS = 1 << 29  # multiplications of one repetition, at most: some milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmPeak:
-    """Floating-point operations per second of the best shape (M, N, K), and of every shape that was tried."""
+    """Floating-point operations per second of the best shape (M, N, K), and of every shape that was tried.
+
+    `dense_flops_per_second` is what the model's own shapes reach together at the dense batch.
+    """
 
     flops_per_second: float
     shape: Shape
     by_shape: dict[Shape, float]
+    dense_flops_per_second: float
     num_threads: int
 
 
-def measure_gemm_peak(config: EngineConfig) -> GemmPeak:
-    """Takes a few seconds. Uses the dtype, device and CPU threads that a rank of this engine computes with."""
+def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
+    """Takes a few seconds, or about half a second if `quick`.
+
+    Uses the dtype, device and CPU threads that a rank of this engine computes with.
+    """
+    of_squares = _squares(QUICK_SQUARES if quick else SQUARES, config)
+    of_model = model_shapes(config)
+    if quick and config.device is DeviceKind.CPU:
+        of_model = tuple(_smaller(shape) for shape in of_model)
     device = torch.device(config.device.value)
     dtype = getattr(torch, config.dtype.value)
     with _threads(config.threads_per_rank), torch.inference_mode():
-        by_shape = {shape: _flops_per_second(shape, dtype, device) for shape in gemm_shapes(config)}
+        by_shape = {shape: _flops_per_second(shape, dtype, device, quick) for shape in (*of_squares, *of_model)}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what this took must not lessen the memory that a cache of KV blocks finds free
     best = max(by_shape, key=lambda shape: by_shape[shape])
-    return GemmPeak(flops_per_second=by_shape[best], shape=best, by_shape=by_shape, num_threads=config.threads_per_rank)
+    num_products = {shape: math.prod(shape) for shape in of_model}
+    return GemmPeak(
+        flops_per_second=by_shape[best],
+        shape=best,
+        by_shape=by_shape,
+        dense_flops_per_second=sum(num_products.values())
+        / sum(products / by_shape[shape] for shape, products in num_products.items()),
+        num_threads=config.threads_per_rank,
+    )
 
 
 def gemm_shapes(config: EngineConfig) -> tuple[Shape, ...]:
-    """(M, N, K) of the products tried: squares that fill the device, then the model's with M = the dense batch."""
+    """(M, N, K) of the products tried: squares that fill the device, then the model's."""
+    return (*_squares(SQUARES, config), *model_shapes(config))
+
+
+def model_shapes(config: EngineConfig) -> tuple[Shape, ...]:
+    """(M, N, K) of a layer's large products, with M = the dense batch."""
     model, batch = config.model, config.max_batch_tokens
     feed_forward = model.moe_intermediate_size or model.intermediate_size
     queries = model.num_heads * model.head_dim
     return (
-        *((size, size, size) for size in SQUARES[config.device]),
         (batch, queries + 2 * model.num_kv_heads * model.head_dim, model.hidden_size),
         (batch, 2 * feed_forward, model.hidden_size),
         (batch, model.hidden_size, feed_forward),
     )
 
 
-def _flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+def _squares(sizes: dict[DeviceKind, tuple[int, ...]], config: EngineConfig) -> tuple[Shape, ...]:
+    return tuple((size, size, size) for size in sizes[config.device])
+
+
+def _smaller(shape: Shape) -> Shape:
+    """`shape`, its largest sides halved until it is quick on a CPU."""
+    sides = list(shape)
+    while math.prod(sides) > QUICK_CPU_PRODUCTS:
+        sides[sides.index(max(sides))] //= 2
+    return sides[0], sides[1], sides[2]
+
+
+def _flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.device, quick: bool) -> float:
     rows, outputs, inputs = shape
     activations = torch.randn(rows, inputs, device=device).to(dtype)
     weights = torch.randn(outputs, inputs, device=device).to(dtype)
     time_once = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    return 2 * rows * outputs * inputs / _median_seconds(lambda: time_once(activations, weights))
+    samples = _samples(lambda: time_once(activations, weights), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
+    return 2 * rows * outputs * inputs / (min(samples) if quick else statistics.median(samples))
 
 
-def _median_seconds(time_once: Callable[[], float]) -> float:
+def _samples(time_once: Callable[[], float], seconds: float) -> list[float]:
     for _ in range(2):
         time_once()
     samples: list[float] = []
-    while len(samples) < MIN_REPETITIONS or (sum(samples) < SECONDS_PER_SHAPE and len(samples) < MAX_REPETITIONS):
+    while len(samples) < MIN_REPETITIONS or (sum(samples) < seconds and len(samples) < MAX_REPETITIONS):
         samples.append(time_once())
-    return statistics.median(samples)
+    return samples
 
 
 def _cpu_seconds(activations: Tensor, weights: Tensor) -> float:

@@ -18,10 +18,14 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.executor import CacheCapacity, Executor
 from engine.length_predictor import LengthPredictor
+from engine.loss import Loss
+from engine.loss_ledger import FinishedStep, LossLedger, LossTotals
+from engine.optimum import Optimum
 from engine.request import FinishReason, Request, RequestId, TokenOutput
 from engine.scheduler import ScheduledStep, Scheduler
 from engine.sequence import Sequence
 from engine.stats import EngineStats
+from engine.step_totals import StepTotals
 
 
 class OutputSink(Protocol):
@@ -43,6 +47,13 @@ class _OpenRequest:
     stop_token_ids: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    scheduled: ScheduledStep
+    limit: Loss
+    result: asyncio.Future[StepOutput]
+
+
 class LLMEngine:
     """Serves requests with one executor. Create, `start`, then `submit` or `generate` from the same event loop."""
 
@@ -54,12 +65,11 @@ class LLMEngine:
         self._loop: asyncio.Task[None] | None = None
         self._death: EngineDeadError | None = None
         self._num_submitted = 0
-        self._num_steps = 0
-        self._num_batch_tokens = 0
+        self._steps = StepTotals()
+        self._ledger: LossLedger | None = None
         self._num_generated_tokens = 0
         self._num_dropped_tokens = 0
         self._finished: Counter[str] = Counter()
-        self._device_seconds = 0.0
         self._schedule_seconds = 0.0
         self._busy_seconds = 0.0
         self._busy_since: float | None = None
@@ -77,6 +87,9 @@ class LLMEngine:
             max_batch_tokens=self._config.max_batch_tokens,
             max_sequences=self._config.max_sequences,
         )
+        optimum = Optimum.of(self._config, self._capacity)
+        if optimum is not None:
+            self._ledger = LossLedger(optimum, dense_batch=self._config.max_batch_tokens, now=time.monotonic())
         self._loop = asyncio.create_task(self._run(), name="engine step loop")
         return self._capacity
 
@@ -91,6 +104,8 @@ class LLMEngine:
             stop_token_ids |= self._config.model.eos_token_ids
         sequence = Sequence(request, self._num_submitted, time.monotonic())
         self._num_submitted += 1
+        if self._ledger is not None:
+            self._ledger.request_came(sequence.arrived_at)
         self._open[request.request_id] = _OpenRequest(sequence, sink, stop_token_ids)
         self._scheduler.add(sequence)
         self._wake.set()
@@ -128,7 +143,8 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine; cheap enough for every step."""
-        scheduler = self._scheduler
+        scheduler, steps = self._scheduler, self._steps
+        losses = LossTotals() if self._ledger is None else self._ledger.totals(time.monotonic())
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -136,18 +152,30 @@ class LLMEngine:
             num_used_blocks=self._blocks.num_used_blocks,
             num_cached_blocks=self._blocks.num_cached_blocks,
             block_size=self._blocks.block_size,
-            num_steps=self._num_steps,
-            num_batch_tokens=self._num_batch_tokens,
+            num_steps=steps.num_steps,
+            num_batch_tokens=steps.num_batch_tokens,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_discarded_tokens=self._num_dropped_tokens + scheduler.num_recomputed_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_padding_tokens=steps.num_padding_tokens,
             num_finished=dict(self._finished),
-            device_seconds=self._device_seconds,
+            num_steps_by_plan=dict(steps.num_steps_by_plan),
+            device_seconds=steps.device_seconds,
+            gemm_seconds=steps.gemm_seconds,
+            attention_seconds=steps.attention_seconds,
+            exposed_network_seconds=steps.exposed_network_seconds,
+            network_seconds=steps.network_seconds,
+            hidden_network_seconds=steps.hidden_network_seconds,
             schedule_seconds=self._schedule_seconds,
             busy_seconds=self._busy_until_now(),
             queue_seconds=self._queue_seconds,
+            accounted_seconds=losses.accounted_seconds,
+            ideal_seconds=losses.ideal_seconds,
+            skipped_head_seconds=losses.skipped_head_seconds,
+            loss_seconds=losses.loss_seconds,
+            optimal_tokens_per_second=losses.optimal_tokens_per_second,
         )
 
     @property
@@ -164,18 +192,21 @@ class LLMEngine:
         await asyncio.to_thread(self._executor.close)
 
     async def _run(self) -> None:
-        in_flight: deque[tuple[ScheduledStep, asyncio.Future[StepOutput]]] = deque()
+        in_flight: deque[_StepInFlight] = deque()
         try:
             while True:
                 scheduled = self._schedule()
                 if scheduled is not None:
-                    in_flight.append((scheduled, asyncio.ensure_future(self._executor.execute(scheduled.batch))))
+                    result = asyncio.ensure_future(self._executor.execute(scheduled.batch))
+                    in_flight.append(_StepInFlight(scheduled, self._batch_limit(), result))
                     self._busy_since = self._busy_since or time.perf_counter()
                 if len(in_flight) > (0 if scheduled is None else 1):
-                    step, result = in_flight.popleft()
-                    self._deliver(step, await result)
+                    step = in_flight.popleft()
+                    self._deliver(step, await step.result)
                 elif scheduled is None:
                     self._busy_seconds, self._busy_since = self._busy_until_now(), None
+                    if self._ledger is not None and not self._open:
+                        self._ledger.requests_ended(time.monotonic())
                     self._wake.clear()
                     await self._wake.wait()
         except Exception as error:
@@ -183,8 +214,8 @@ class LLMEngine:
             cause.__cause__ = error if cause is not error else error.__cause__
             self._die(cause)
         finally:
-            for _, result in in_flight:
-                result.cancel()
+            for step in in_flight:
+                step.result.cancel()
 
     def _busy_until_now(self) -> float:
         return self._busy_seconds + (0.0 if self._busy_since is None else time.perf_counter() - self._busy_since)
@@ -195,15 +226,41 @@ class LLMEngine:
         self._schedule_seconds += time.perf_counter() - started
         return scheduled
 
-    def _deliver(self, step: ScheduledStep, output: StepOutput) -> None:
-        self._num_steps += 1
-        self._num_batch_tokens += step.batch.num_tokens
-        self._device_seconds += output.device_seconds
+    def _batch_limit(self) -> Loss:
+        """Why the batch just composed has no more tokens, if it has fewer than it could."""
+        if self._scheduler.num_waiting == 0:
+            return Loss.TRAFFIC_LIMITED_BATCH
+        if self._scheduler.num_running == self._config.max_sequences:
+            return Loss.SEQUENCE_LIMITED_BATCH
+        return Loss.KV_LIMITED_BATCH
+
+    def _deliver(self, step: _StepInFlight, output: StepOutput) -> None:
+        arrived = time.monotonic()
+        self._steps.add(step.scheduled.batch, output)
+        num_dropped = self._emit(step.scheduled.sampled, output)
+        self._num_dropped_tokens += num_dropped
+        if self._ledger is not None:
+            batch = step.scheduled.batch
+            finished = FinishedStep(
+                num_tokens=batch.num_tokens,
+                num_drawn=len(batch.sampled),
+                limit=step.limit,
+                device_seconds=output.device_seconds,
+                times=output.times,
+                num_recomputed=step.scheduled.num_recomputed,
+                num_dropped=num_dropped,
+                num_padding_tokens=output.num_padding_tokens,
+            )
+            self._ledger.step_ended(finished, arrived)
+
+    def _emit(self, sampled: list[Sequence], output: StepOutput) -> int:
+        """Append and hand out the drawn tokens; returns how many came too late, after their sequence's end."""
+        num_dropped = 0
         by_sink: dict[int, tuple[OutputSink, list[TokenOutput]]] = {}
-        for index, (sequence, token_id) in enumerate(zip(step.sampled, output.token_ids.tolist(), strict=True)):
+        for index, (sequence, token_id) in enumerate(zip(sampled, output.token_ids.tolist(), strict=True)):
             open_request = self._open.get(sequence.request.request_id)
             if open_request is None or open_request.sequence is not sequence:
-                self._num_dropped_tokens += 1  # it ended, by a stop or an abort, while this token was being drawn
+                num_dropped += 1  # it ended, by a stop or an abort, while this token was being drawn
                 continue
             logprob = output.logprobs[index] if output.logprobs is not None else None
             token = TokenOutput(
@@ -217,6 +274,7 @@ class LLMEngine:
             by_sink.setdefault(id(open_request.sink), (open_request.sink, []))[1].append(token)
         for sink, outputs in by_sink.values():
             sink.put(outputs)
+        return num_dropped
 
     def _append(self, open_request: _OpenRequest, token_id: int) -> FinishReason | None:
         sequence = open_request.sequence

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, IntArray
-from engine.config import EngineConfig
+from engine.config import EngineConfig, PipelineMode
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep, StepClock
+from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.nano_batch import Cut
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.sampler import Drawn, sample
 from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
 from engine.staging import HostArray, stage
@@ -35,6 +40,9 @@ class ModelRunner:
         returns_logprobs: bool = True,
     ) -> None:
         self._model = model
+        self._pipeline = Pipeline(model, config.model.hidden_size)
+        self._lanes = HostLanes(overlaps=config.pipeline is PipelineMode.OVERLAP)
+        self.plans = PlanChoice(self._pipeline.sequential)
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs
@@ -53,25 +61,35 @@ class ModelRunner:
     def launch(self, batch: Batch) -> PendingStep:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self._device)
+        stopwatch = Stopwatch()
+        num_prefills = batch.num_tokens - batch.num_decodes
+        name, schedule = self.plans.of(batch.num_decodes, num_prefills)
+        cut = schedule.cut.scaled(batch.num_decodes, num_prefills)
         for admission in batch.admissions:
             self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
         lengths = (batch.starts + batch.counts).astype(np.int64)
         sampled_rows = batch.rows[batch.sampled].astype(np.int64)
         plan = self._sampling.plan(sampled_rows, lengths[batch.sampled], self._returns_logprobs)
-        arrays = {**_update_arrays(batch), **_step_arrays(batch, lengths), **plan.arrays}
+        arrays = {**_update_arrays(batch), **_step_arrays(batch, lengths, cut), **plan.arrays}
         staged = stage(arrays, self._device)
         self._pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
         self._pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
-        drawn = self._forward(batch, lengths, plan, staged) if len(batch.rows) else None
+        drawn = None
+        if len(batch.rows):
+            hidden_TE = self._pipeline.run(self._step_inputs(batch, lengths, staged), schedule, self._lanes, stopwatch)
+            if len(batch.sampled):
+                drawn = self._draw(hidden_TE, plan, staged, stopwatch)
         clock.stop()
-        return PendingStep(batch.step, plan, drawn, clock, self._copies)
+        times = stopwatch.times() if self._device.type == "cpu" else None
+        return PendingStep(batch.step, plan, drawn, clock, self._copies, plan_name=name, times=times)
 
-    def _forward(self, batch: Batch, lengths: Int64s, plan: SamplingPlan, staged: dict[str, Tensor]) -> Drawn | None:
-        """Run the model and draw; chunks that do not end a prompt only fill the cache."""
-        hidden_TE = self._model(self._step_inputs(batch, lengths, staged))
-        if not len(batch.sampled):
-            return None
-        logits_KV = self._model.logits(hidden_TE[staged["sampled_token"]])
+    def _draw(self, hidden_TE: Tensor, plan: SamplingPlan, staged: dict[str, Tensor], stopwatch: Stopwatch) -> Drawn:
+        """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
+        started = stopwatch.now()
+        shard_KR = self._model.lm_head.shard(self._model.norm(hidden_TE[staged["sampled_token"]]))
+        multiplied = stopwatch.spent(Cost.GEMM, started)
+        logits_KV = self._model.lm_head.join(shard_KR)
+        stopwatch.flown(multiplied, stopwatch.spent(Cost.NETWORK, multiplied))
         drawn = sample(logits_KV, plan, staged, self._pool)
         self._pool.write_tokens(staged["sampled_row"], staged["sampled_position"], drawn.token_ids)
         return drawn
@@ -113,8 +131,8 @@ def _update_arrays(batch: Batch) -> dict[str, HostArray]:
     }
 
 
-def _step_arrays(batch: Batch, lengths: Int64s) -> dict[str, HostArray]:
-    """Rows and positions of the T tokens, the S sequences and the K draws."""
+def _step_arrays(batch: Batch, lengths: Int64s, cut: Cut) -> dict[str, HostArray]:
+    """Rows and positions of the T tokens, the S sequences and the K draws; `cut` is the order of hidden states."""
     counts = batch.counts.astype(np.int64)
     ends = counts.cumsum()
     return {
@@ -122,7 +140,7 @@ def _step_arrays(batch: Batch, lengths: Int64s) -> dict[str, HostArray]:
         "token_position": _ranges(batch.starts, counts),
         "row": batch.rows.astype(np.int64),
         "length": lengths,
-        "sampled_token": ends[batch.sampled] - 1,
+        "sampled_token": cut.positions_of(ends[batch.sampled] - 1),
         "sampled_row": batch.rows[batch.sampled].astype(np.int64),
         "sampled_position": lengths[batch.sampled],
     }

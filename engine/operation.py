@@ -71,7 +71,9 @@ class Operation(nn.Module):
     """A leaf of the operation graph.
 
     Subclasses name the resource that bounds them, and where it is not the usual: the tokens they compute, whether they
-    touch the KV cache, and whether their result may take the place of their only input in memory (`is_in_place`).
+    touch the KV cache, whether their result takes the place of their only input in memory (`is_in_place`), and whether
+    they only lay the decode and the prefill rows of one value side by side (`is_join`), which costs nothing where both
+    already lie in one buffer.
     `work` must be given by every operation that costs time, so that costs follow from the model and nothing else.
     """
 
@@ -79,10 +81,16 @@ class Operation(nn.Module):
     tokens: ClassVar[TokenKind] = TokenKind.ALL
     cache: ClassVar[CacheUse] = CacheUse.NONE
     is_in_place: ClassVar[bool] = False
+    is_join: ClassVar[bool] = False
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """The work of this rank for the tokens of `shape`, with activations of `element_bytes` an element."""
         raise NotImplementedError(f"{type(self).__name__} does not say how much work it is: give it a work() method.")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it does nothing here, as a collective in a group of one; a graph leaves such operations out."""
+        return False
 
     def into(self, output: Tensor, *inputs: object) -> None:
         """Compute as `forward` does, with the result in `output`, which has its shape and dtype."""

@@ -4,7 +4,38 @@ Optimum = measured GEMM peak / (2 * active parameters): each token costs a multi
 that it meets (NanoFlow, section 3.2). Torch-free.
 """
 
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimum:
+    """What the matrix products of a whole group would allow, in tokens per second that meet every active parameter.
+
+    `tokens_per_second` at the GEMM peak (the optimum), `dense_tokens_per_second` at the rate that the model's own
+    products reach in a full dense batch. `head_share` of the active parameters are the output head's.
+    """
+
+    tokens_per_second: float
+    dense_tokens_per_second: float
+    head_share: float
+
+    @classmethod
+    def of(cls, config: EngineConfig, capacity: CacheCapacity) -> "Optimum | None":
+        """None where the executor measured no GEMM peak. The work of a token is divided among the group's devices."""
+        peak = capacity.gemm_flops_per_second
+        if peak is None:
+            return None
+        model = config.model
+        return cls(
+            tokens_per_second=config.tensor_parallel * optimal_tokens_per_second(peak, model),
+            dense_tokens_per_second=config.tensor_parallel
+            * optimal_tokens_per_second(capacity.dense_flops_per_second or peak, model),
+            head_share=model.hidden_size * model.vocab_size / active_parameters(model),
+        )
 
 
 def active_parameters(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import StepOutput
+from engine.batch import StepOutput, StepTimes
 from engine.request import TokenLogprob
 from engine.sampler import Drawn
 from engine.sampling_table import SamplingPlan
@@ -55,8 +55,13 @@ class PendingStep:
         drawn: Drawn | None,
         clock: StepClock,
         copies: torch.cuda.Stream | None,
+        *,
+        plan_name: str,
+        times: StepTimes | None,
     ) -> None:
         self._step = step
+        self._plan_name = plan_name
+        self._times = times
         self._plan = plan
         self._clock = clock
         self._copied: torch.cuda.Event | None = None
@@ -97,6 +102,8 @@ class PendingStep:
             token_ids=token_ids,
             logprobs=self._logprobs(len(token_ids)),
             device_seconds=self._clock.seconds(),
+            times=self._times,
+            plan=self._plan_name,
         )
 
     def _logprobs(self, num_drawn: int) -> tuple[TokenLogprob | None, ...] | None:

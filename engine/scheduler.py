@@ -25,10 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
-    """A batch for the executor, and the sequences whose tokens will come back, in the order of `Batch.sampled`."""
+    """A batch for the executor, and the sequences whose tokens will come back, in the order of `Batch.sampled`.
+
+    `num_recomputed` of the batch's tokens were computed before and lost by a preemption.
+    """
 
     batch: Batch
     sampled: list[Sequence]
+    num_recomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,10 @@ class _Chunk:
     @property
     def completes(self) -> bool:
         return self.start + self.count == len(self.sequence.token_ids)
+
+    @property
+    def num_recomputed(self) -> int:
+        return max(0, min(self.start + self.count, self.sequence.num_lost) - self.start)
 
 
 class Scheduler:
@@ -215,8 +223,6 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_prompt_tokens += num_cached
-        else:
-            self.num_recomputed_tokens += len(sequence.token_ids) - num_cached
         sequence.status = SequenceStatus.RUNNING
         sequence.block_ids = prefix + new_blocks
         sequence.num_registered_blocks = len(prefix)
@@ -272,7 +278,9 @@ class Scheduler:
         )
         self._step += 1
         sampled = decodes + [chunks[index - num_decodes].sequence for index in completing]
-        return ScheduledStep(batch=batch, sampled=sampled)
+        num_recomputed = sum(chunk.num_recomputed for chunk in chunks)
+        self.num_recomputed_tokens += num_recomputed
+        return ScheduledStep(batch=batch, sampled=sampled, num_recomputed=num_recomputed)
 
     def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
         if not self._blocks.prefix_caching:
@@ -295,6 +303,7 @@ class Scheduler:
             len(sequence.token_ids),
             self._blocks.num_blocks,
         )
+        sequence.num_lost = max(sequence.num_lost, int(self._rows.positions[sequence.row]))
         self._leave_row(sequence)
         sequence.status = SequenceStatus.WAITING
         heapq.heappush(self._waiting, sequence)

@@ -25,6 +25,7 @@ class Sequence:
 
     `order` is the order of arrival. `num_computed` counts the tokens whose keys and values have been computed or are
     scheduled to be (kept only while the prompt is computed; a decoding sequence's position is the scheduler's).
+    `num_lost` positions at its front were computed once and given up by a preemption.
     `num_registered_blocks` of `block_ids` are offered to other sequences as prefixes.
     """
 
@@ -35,6 +36,7 @@ class Sequence:
         "finish_reason",
         "num_cached_tokens",
         "num_computed",
+        "num_lost",
         "num_prompt_tokens",
         "num_registered_blocks",
         "order",
@@ -56,6 +58,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.row = -1
         self.num_computed = 0
+        self.num_lost = 0
         self.num_cached_tokens = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

@@ -15,6 +15,7 @@ from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
+from engine.gemm_peak import measure_gemm_peak
 from engine.host_memory import keep_freed_memory
 from engine.kv_cache import KVCache
 from engine.memory_budget import available_host_bytes, num_affordable_blocks
@@ -63,11 +64,19 @@ class Worker:
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device)
         load_weights(model, config, tensor_parallel, progress)
+        self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
+        gemm = measure_gemm_peak(config, quick=True)
         warm_up(config, model, device)
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
         self._runner = ModelRunner(config, model, cache, device, returns_logprobs=self._rank == 0)
-        return CacheCapacity(num_blocks=num_blocks, block_size=config.block_size)
+        # All ranks must say the same, to the last bit: whole operations per second of the fastest.
+        return CacheCapacity(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
+            dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
+        )
 
     def execute(self, batch: Batch) -> PendingStep:
         """Launch one step: on a GPU it returns before the device is done, on a CPU after."""

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn import functional
 
-from engine.operation import Operation, Resource
+from engine.batch_shape import BatchShape
+from engine.operation import Operation, Resource, Work
 
 
 class SiluAndMul(Operation):
@@ -11,7 +12,17 @@ class SiluAndMul(Operation):
 
     resource = Resource.MEMORY
 
+    def __init__(self, width: int) -> None:
+        """`width` is F, the columns of the result on this rank."""
+        super().__init__()
+        self.width = width
+
     def forward(self, gate_up_TF: Tensor) -> Tensor:
         """[T, 2 F] -> [T, F]."""
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return functional.silu(gate_TF) * up_TF
+
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """Reads 2 F columns and writes F; exponential, addition, division and two products for each result."""
+        num_elements = shape.num_tokens * self.width
+        return Work(flops=5 * num_elements, sharded_bytes=3 * num_elements * element_bytes)

@@ -10,11 +10,12 @@ head; F = (H + 2 K) d fused columns.
 import torch
 from torch import Tensor
 
+from engine.batch_shape import BatchShape
 from engine.kernels import reference
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryTable, rotate
 from engine.model_config import ModelConfig
-from engine.operation import CacheUse, Operation, Resource, TokenKind
+from engine.operation import CacheUse, Operation, Resource, TokenKind, Work
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
@@ -47,6 +48,19 @@ class RotaryAndKVWrite(Operation):
         reference.write_kv(key_TKd, value_TKd, step.slots, *step.kv_cache.layer(self.layer))
         return rotate(query_THd, cos_T1h, sin_T1h)
 
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """Every fused column is read and written once, a token's angles are read once."""
+        num_columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        num_rotated = (self.num_heads + self.num_kv_heads) * self.head_dim
+        flops_per_element = 3 if self.q_norm is None else 7
+        angle_bytes = self.head_dim * self.rotary.table_Md.element_size()
+        return Work(
+            flops=flops_per_element * shape.num_tokens * num_rotated,
+            weight_bytes=sum(parameter.numel() for parameter in self.parameters()) * element_bytes,
+            sharded_bytes=2 * shape.num_tokens * num_columns * element_bytes,
+            replicated_bytes=shape.num_tokens * angle_bytes,
+        )
+
 
 class DecodeAttention(Operation):
     """Attention of the decode tokens, one per sequence."""
@@ -55,11 +69,13 @@ class DecodeAttention(Operation):
     tokens = TokenKind.DECODE
     cache = CacheUse.READ
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.layer = layer
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window(layer)
+        self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
+        self.cached_width = 2 * config.kv_heads_per_rank(tensor_parallel.size) * config.head_dim
 
     def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
         """Queries of the step [T, H, d] -> [D, H d]."""
@@ -79,6 +95,15 @@ class DecodeAttention(Operation):
         )
         return output_DHd.flatten(1)
 
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """A decode meets every key and value of its context, which nobody else reads: memory is what it costs."""
+        context = _visible(shape.decode_context, self.window)
+        num_elements = 2 * self.query_width + context * self.cached_width
+        return Work(
+            flops=4 * shape.num_decodes * context * self.query_width,
+            sharded_bytes=shape.num_decodes * num_elements * element_bytes,
+        )
+
 
 class PrefillAttention(Operation):
     """Attention of the prefill chunks: causal inside a chunk, over everything cached before it."""
@@ -87,11 +112,13 @@ class PrefillAttention(Operation):
     tokens = TokenKind.PREFILL
     cache = CacheUse.READ
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.layer = layer
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window(layer)
+        self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
+        self.cached_width = 2 * config.kv_heads_per_rank(tensor_parallel.size) * config.head_dim
 
     def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
         """Queries of the step [T, H, d] -> [Q, H d]."""
@@ -111,11 +138,33 @@ class PrefillAttention(Operation):
         )
         return output_QHd.flatten(1)
 
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """Every token meets its context; what is cached is read once a chunk.
+
+        How many chunks there are a `BatchShape` does not say: prompts that start here have as many keys as tokens, one
+        that continues has its context, so the larger of the two is taken.
+        """
+        if shape.num_prefills == 0:
+            return Work()
+        context = _visible(shape.prefill_context, self.window)
+        num_keys = max(shape.num_prefills, context)
+        num_elements = 2 * shape.num_prefills * self.query_width + num_keys * self.cached_width
+        return Work(
+            flops=4 * shape.num_prefills * context * self.query_width,
+            sharded_bytes=num_elements * element_bytes,
+        )
+
 
 class JoinTokens(Operation):
     """Puts the decode tokens before the prefill tokens again; copies nothing when a step has only one kind."""
 
     resource = Resource.MEMORY
+    is_join = True
+
+    def __init__(self, width: int) -> None:
+        """`width` is A, the columns of this rank."""
+        super().__init__()
+        self.width = width
 
     def forward(self, decode_DA: Tensor, prefill_QA: Tensor) -> Tensor:
         """[D, A], [Q, A] -> [T, A]."""
@@ -124,3 +173,14 @@ class JoinTokens(Operation):
         if decode_DA.shape[0] == 0:
             return prefill_QA
         return torch.cat((decode_DA, prefill_QA))
+
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """All tokens are read and written, unless they are of one kind."""
+        if shape.num_decodes == 0 or shape.num_prefills == 0:
+            return Work()
+        return Work(sharded_bytes=2 * shape.num_tokens * self.width * element_bytes)
+
+
+def _visible(context: float, window: int | None) -> float:
+    """The tokens that a token attends to, of those before it and itself."""
+    return context if window is None else min(context, window)

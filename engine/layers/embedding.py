@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.batch_shape import BatchShape
 from engine.layers.collective import AllGather, AllReduce
-from engine.layers.linear import Linear
-from engine.operation import Operation, Resource
+from engine.layers.linear import ColumnParallelLinear
+from engine.operation import Operation, Resource, Work
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
@@ -36,6 +37,10 @@ class EmbeddingShard(Operation):
         hidden_TE = functional.embedding(rows_T.masked_fill(elsewhere_T, 0), self.weight)
         return hidden_TE.masked_fill_(elsewhere_T[:, None], 0)
 
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """One row of E a token, read and written; zeros too, so that every rank does it for all tokens."""
+        return Work(replicated_bytes=2 * shape.num_tokens * self.weight.shape[1] * element_bytes)
+
 
 class VocabParallelEmbedding(nn.Module):
     """Token ids to hidden states, the same on every rank."""
@@ -43,7 +48,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.shard = EmbeddingShard(vocab_size, hidden_size, tensor_parallel)
-        self.all_reduce = AllReduce(tensor_parallel)
+        self.all_reduce = AllReduce(tensor_parallel, hidden_size)
 
     def forward(self, step: StepInputs) -> Tensor:
         """[T] token ids -> [T, E]."""
@@ -57,10 +62,15 @@ class VocabParallelHead(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.shard = Linear(hidden_size, -(-vocab_size // tensor_parallel.size))
-        self.all_gather = AllGather(tensor_parallel)
+        num_rows = -(-vocab_size // tensor_parallel.size)
+        self.shard = ColumnParallelLinear(hidden_size, num_rows * tensor_parallel.size, tensor_parallel)
+        self.all_gather = AllGather(tensor_parallel, num_rows * tensor_parallel.size)
 
     def forward(self, hidden_KE: Tensor) -> Tensor:
         """[K, E] -> [K, V]."""
-        logits_KV: Tensor = self.all_gather(self.shard(hidden_KE))
+        return self.join(self.shard(hidden_KE))
+
+    def join(self, shard_KR: Tensor) -> Tensor:
+        """Logits of this rank's rows [K, R] -> [K, V]."""
+        logits_KV: Tensor = self.all_gather(shard_KR)
         return logits_KV[:, : self.vocab_size].float()

@@ -16,9 +16,9 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden, intermediate, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = ColumnParallelLinear(hidden, 2 * intermediate, tensor_parallel, bias)
-        self.silu_and_mul = SiluAndMul()
+        self.silu_and_mul = SiluAndMul(intermediate // tensor_parallel.size)
         self.down_proj = RowParallelLinear(intermediate, hidden, tensor_parallel, bias)
-        self.all_reduce = AllReduce(tensor_parallel)
+        self.all_reduce = AllReduce(tensor_parallel, hidden)
 
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""

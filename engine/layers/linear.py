@@ -4,19 +4,28 @@ A column-parallel weight is cut along its outputs, a row-parallel one along its 
 one all-reduce (Megatron-LM, arXiv 1909.08053). Shapes: T tokens, I inputs and O outputs of this rank.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.batch_shape import BatchShape
 from engine.model_config import ModelConfig
-from engine.operation import Operation, Resource
+from engine.operation import Operation, Resource, Work
 from engine.tensor_parallel import TensorParallel
 
 
 class Linear(Operation):
-    """Every rank holds and computes the whole of it."""
+    """Every rank holds and computes the whole of it.
+
+    Subclasses say whether their input and their output (or the partial sums of one) are the same tokens and columns on
+    every rank.
+    """
 
     resource = Resource.COMPUTE
+    has_replicated_input: ClassVar[bool] = True
+    has_replicated_output: ClassVar[bool] = True
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -27,9 +36,31 @@ class Linear(Operation):
         """[T, I] -> [T, O]."""
         return functional.linear(input_TI, self.weight, self.bias)
 
+    def into(self, output_TO: Tensor, input_TI: Tensor) -> None:  # type: ignore[override]
+        """As `forward`, bit for bit, without a copy."""
+        if self.bias is None:
+            torch.mm(input_TI, self.weight.t(), out=output_TO)
+        else:
+            torch.addmm(self.bias, input_TI, self.weight.t(), out=output_TO)
+
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """2 I O operations a token; weight, input and output each cross the memory once."""
+        num_outputs, num_inputs = self.weight.shape
+        num_bias = 0 if self.bias is None else num_outputs
+        replicated = self.has_replicated_input * num_inputs + self.has_replicated_output * num_outputs
+        sharded = num_inputs + num_outputs - replicated
+        return Work(
+            flops=shape.num_tokens * (2 * num_inputs * num_outputs + num_bias),
+            weight_bytes=(num_inputs * num_outputs + num_bias) * element_bytes,
+            sharded_bytes=shape.num_tokens * sharded * element_bytes,
+            replicated_bytes=shape.num_tokens * replicated * element_bytes,
+        )
+
 
 class ColumnParallelLinear(Linear):
     """Each rank computes its share of the outputs; projections of the same input are fused along them."""
+
+    has_replicated_output = False
 
     def __init__(self, num_inputs: int, num_outputs: int, tensor_parallel: TensorParallel, bias: bool = False) -> None:
         super().__init__(num_inputs, num_outputs // tensor_parallel.size, bias)
@@ -37,6 +68,8 @@ class ColumnParallelLinear(Linear):
 
 class QKVLinear(Linear):
     """Queries, keys and values of this rank's heads; a key/value head that several ranks need is computed by each."""
+
+    has_replicated_output = False
 
     def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
         size = tensor_parallel.size
@@ -46,6 +79,8 @@ class QKVLinear(Linear):
 
 class RowParallelLinear(Linear):
     """Each rank computes a part of the sum over the inputs; rank 0 alone adds the bias."""
+
+    has_replicated_input = False
 
     def __init__(self, num_inputs: int, num_outputs: int, tensor_parallel: TensorParallel, bias: bool = False) -> None:
         super().__init__(num_inputs // tensor_parallel.size, num_outputs, bias and tensor_parallel.rank == 0)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.batch_shape import BatchShape
 from engine.layers.collective import AllReduce
 from engine.layers.linear import Linear
 from engine.model_config import ModelConfig
-from engine.operation import Operation, Resource
+from engine.operation import Operation, Resource, Work
 from engine.tensor_parallel import TensorParallel
 
 
@@ -60,6 +61,24 @@ class GroupedExperts(Operation):
             scores_Tk = scores_Tk.to(router_logits_TX.dtype)
         return scores_Tk, experts_Tk
 
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """The products of k experts a token, and the weights of as many experts as T tokens may be expected to meet.
+
+        Were experts picked with equal chances, one would get none of T tokens with the chance (1 - k / X)^T. Beside
+        the two products and the activation between them, copies of the tokens are sorted, put back and added up.
+        """
+        num_experts, hidden, intermediate = self.down_proj.shape
+        num_copies = shape.num_tokens * self.num_experts_per_token
+        num_used = num_experts * (1 - (1 - self.num_experts_per_token / num_experts) ** shape.num_tokens)
+        moved_hidden = 7 * num_copies + shape.num_tokens  # sorted, read, written, put back, weighted and summed
+        moved_intermediate = 6 * num_copies  # gate and up written and read, their product written and read
+        return Work(
+            flops=num_copies * (6 * hidden * intermediate + 5 * intermediate + 2 * hidden),
+            weight_bytes=num_used * 3 * hidden * intermediate * element_bytes,
+            sharded_bytes=moved_intermediate * intermediate * element_bytes,
+            replicated_bytes=moved_hidden * hidden * element_bytes,
+        )
+
 
 class MixtureOfExperts(nn.Module):
     """Router, experts and the sum over ranks. `round_scores`: routing scores are rounded to the model's dtype."""
@@ -68,7 +87,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Linear(config.hidden_size, config.num_experts)
         self.experts = GroupedExperts(config, tensor_parallel, round_scores)
-        self.all_reduce = AllReduce(tensor_parallel)
+        self.all_reduce = AllReduce(tensor_parallel, config.hidden_size)
 
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.operation import Operation, Resource
+from engine.batch_shape import BatchShape
+from engine.operation import Operation, Resource, Work
 
 
 class RMSNorm(Operation):
@@ -28,3 +29,12 @@ class RMSNorm(Operation):
             # With the weight inside, the fused kernel would round once where transformers rounds twice.
             return self.weight * functional.rms_norm(hidden_TE, shape, None, self.epsilon)
         return functional.rms_norm(hidden_TE, shape, self.weight, self.epsilon)
+
+    def work(self, shape: BatchShape, element_bytes: int) -> Work:
+        """One vector of E a token, read and written; a square, a sum and two products for each element."""
+        num_elements = shape.num_tokens * self.weight.numel()
+        return Work(
+            flops=4 * num_elements,
+            weight_bytes=self.weight.numel() * element_bytes,
+            replicated_bytes=2 * num_elements * element_bytes,
+        )

@@ -22,13 +22,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.qkv_proj = QKVLinear(config, tensor_parallel)
         self.rotary_and_kv_write = RotaryAndKVWrite(config, layer, tensor_parallel, rotary)
-        self.decode_attention = DecodeAttention(config, layer)
-        self.prefill_attention = PrefillAttention(config, layer)
-        self.join_tokens = JoinTokens()
-        self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_dim, config.hidden_size, tensor_parallel, config.output_bias
-        )
-        self.all_reduce = AllReduce(tensor_parallel)
+        self.decode_attention = DecodeAttention(config, layer, tensor_parallel)
+        self.prefill_attention = PrefillAttention(config, layer, tensor_parallel)
+        width = config.num_heads * config.head_dim
+        self.join_tokens = JoinTokens(width // tensor_parallel.size)
+        self.o_proj = RowParallelLinear(width, config.hidden_size, tensor_parallel, config.output_bias)
+        self.all_reduce = AllReduce(tensor_parallel, config.hidden_size)
 
     def forward(self, hidden_TE: Tensor, step: StepInputs) -> Tensor:
         """[T, E] -> [T, E]."""

@@ -62,6 +62,20 @@ def has_tokens(cut: Cut, start: int, stop: int, kind: TokenKind) -> bool:
             return stop > start
 
 
+def kind_ranges(cut: Cut, start: int, stop: int, kind: TokenKind) -> list[tuple[int, int]]:
+    """The ranges of positions from `start` to `stop` that hold tokens of this kind, as few as possible."""
+    ranges: list[tuple[int, int]] = []
+    for border, nano_batch in zip(cut.borders, cut.nano_batches, strict=False):
+        middle, end = border + nano_batch.num_decodes, border + nano_batch.num_tokens
+        first = max(start, middle if kind is TokenKind.PREFILL else border)
+        last = min(stop, middle if kind is TokenKind.DECODE else end)
+        if first < last and ranges and ranges[-1][1] == first:
+            ranges[-1] = (ranges[-1][0], last)
+        elif first < last:
+            ranges.append((first, last))
+    return ranges
+
+
 def _share_tokens(cut: Cut, first: Step, second: Step, kinds: tuple[TokenKind, TokenKind]) -> bool:
     start, stop = max(first.start, second.start), min(first.stop, second.stop)
     special = set(kinds) - {TokenKind.ALL}

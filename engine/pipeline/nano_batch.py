@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class NanoBatch:
@@ -61,6 +64,20 @@ class Cut:
     def prefills_before(self, position: int) -> int:
         """Prefill tokens at positions below this one."""
         return position - self.decodes_before(position)
+
+    def positions_of(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where tokens of the batch, numbered decodes first, lie in the order of this cut."""
+        num_decodes = [nano_batch.num_decodes for nano_batch in self.nano_batches]
+        num_prefills = [nano_batch.num_prefills for nano_batch in self.nano_batches]
+        starts = np.array(self.borders[:-1])
+        decode_starts = np.cumsum([0, *num_decodes[:-1]])
+        prefill_starts = self.num_decodes + np.cumsum([0, *num_prefills[:-1]])
+        of_decodes = np.searchsorted(decode_starts, tokens, side="right") - 1
+        of_prefills = np.searchsorted(prefill_starts, tokens, side="right") - 1
+        as_decodes = starts[of_decodes] + tokens - decode_starts[of_decodes]
+        as_prefills = starts[of_prefills] + np.array(num_decodes)[of_prefills] + tokens - prefill_starts[of_prefills]
+        positions: NDArray[np.int64] = np.where(tokens < self.num_decodes, as_decodes, as_prefills)
+        return positions
 
     def scaled(self, num_decodes: int, num_prefills: int) -> "Cut":
         """The same proportions for a batch of other sizes; a kind that this cut lacks must be absent there too."""

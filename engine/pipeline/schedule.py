@@ -65,7 +65,8 @@ class Schedule:
     lanes: Mapping[Lane, tuple[Step, ...]]
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        # Like equality, without regard to the order of the lanes.
+        return hash((self.cut, frozenset(self.lanes.items())))
 
     def __str__(self) -> str:
         sizes = (f"{nano_batch.num_decodes}+{nano_batch.num_prefills}" for nano_batch in self.cut.nano_batches)

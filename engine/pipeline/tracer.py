@@ -2,12 +2,13 @@
 
 `torch.fx` runs the layer's `forward` with `Operation`s as leaves. Small operations (norms, additions, activations)
 then join the operation of weight that they feed, or else the one that feeds them, so that what a schedule places is
-worth a lane's attention. That fusion is the only rewriting here.
+worth a lane's attention; operations that do nothing here are left out. There is no other rewriting.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -29,16 +30,31 @@ class TracedLayer:
     operations: Mapping[str, Operation | None]
     hidden_size: int
 
-    def work(self, node: Node, shape: BatchShape, element_bytes: int) -> Work:
-        """What one rank does for the tokens of `shape` in this node."""
-        total = Work()
+    def call_work(self, node: Node, shape: BatchShape, element_bytes: int) -> Iterator[tuple[Call, Work]]:
+        """What one rank does for the tokens of `shape` in each call of this node; nothing where it computes none."""
+        if _num_computed(node, shape) == 0:
+            return
         for call in node.calls:
             found = self.operations[call.name]
             if found is None:  # an addition reads two hidden states and writes one
-                total += Work(replicated_bytes=3 * shape.num_tokens * self.hidden_size * element_bytes)
+                num_elements = shape.num_tokens * self.hidden_size
+                yield call, Work(flops=num_elements, replicated_bytes=3 * num_elements * element_bytes)
             else:
-                total += found.work(shape, element_bytes)
-        return total
+                yield call, found.work(shape, element_bytes)
+
+    def work(self, node: Node, shape: BatchShape, element_bytes: int) -> Work:
+        """What one rank does for the tokens of `shape` in this node."""
+        return sum((work for _, work in self.call_work(node, shape, element_bytes)), Work())
+
+
+def _num_computed(node: Node, shape: BatchShape) -> float:
+    match node.tokens:
+        case TokenKind.DECODE:
+            return shape.num_decodes
+        case TokenKind.PREFILL:
+            return shape.num_prefills
+        case TokenKind.ALL:
+            return shape.num_tokens
 
 
 class _OperationTracer(fx.Tracer):
@@ -58,10 +74,13 @@ def trace_layer(layer: nn.Module, hidden_size: int) -> TracedLayer:
             output = names[node.args[0]]
         elif node.op != "placeholder":
             found = _operation(layer, node)
-            operations[names[node]] = found
             inputs = tuple(names[argument] for argument in node.args if isinstance(argument, fx.Node))
             if len(inputs) != len(node.args) or node.kwargs:
                 raise ConfigError(f"{_where(layer, node)}: pass operations their values by position and nothing else.")
+            if found is not None and found.is_identity:
+                names[node] = inputs[0]
+                continue
+            operations[names[node]] = found
             calls.append(Call(name=names[node], inputs=inputs, signature=_signature(found)))
     return TracedLayer(_fuse(calls, operations, output), operations, hidden_size)
 
@@ -112,14 +131,23 @@ def _is_anchor(found: Operation | None) -> bool:
 
 
 def _fuse(calls: Sequence[Call], operations: Mapping[str, Operation | None], output: str) -> OperationGraph:
-    """Give every small call to an anchor, and make a node of each anchor with what it was given."""
-    home = {call.name: call.name for call in calls if _is_anchor(operations[call.name])}
-    for call in reversed(calls):
-        if call.name not in home:
-            home[call.name] = _consumer_home(call, calls, operations, home) or call.name
-    for call in calls:
-        if home[call.name] == call.name and not _is_anchor(operations[call.name]):
-            home[call.name] = _producer_home(call, operations, home) or call.name
+    """Give every small call to an anchor, and make a node of each anchor with what it was given.
+
+    A call joins the node of the first that uses its value, else of the last that it reads, unless two nodes would then
+    each wait for the other.
+    """
+    home = {call.name: call.name for call in calls}
+    small = [call for call in calls if not _is_anchor(operations[call.name])]
+    for call in reversed(small):
+        consumer = next((other.name for other in calls if call.name in other.inputs), None)
+        found = operations[call.name]
+        if consumer is not None and (found is None or found.cache is not CacheUse.WRITE):
+            _join(call, home[consumer], calls, operations, home)
+    position = {call.name: index for index, call in enumerate(calls)}
+    for call in small:
+        producers = [home[name] for name in call.inputs if name in home]
+        if home[call.name] == call.name and producers:
+            _join(call, max(producers, key=position.__getitem__), calls, operations, home)
     groups: dict[str, list[Call]] = {}
     for call in calls:
         groups.setdefault(home[call.name], []).append(call)
@@ -127,29 +155,34 @@ def _fuse(calls: Sequence[Call], operations: Mapping[str, Operation | None], out
     return OperationGraph(_ordered(nodes), output)
 
 
-def _consumer_home(
-    call: Call, calls: Sequence[Call], operations: Mapping[str, Operation | None], home: Mapping[str, str]
-) -> str | None:
-    """The node of the first call that uses this one's value, if it computes all tokens on an ordinary lane."""
-    consumer = next((other for other in calls if call.name in other.inputs), None)
-    found = operations[call.name]
-    if consumer is None or (found is not None and found.cache is CacheUse.WRITE):
-        return None
-    anchor = operations[home[consumer.name]]
-    if anchor is None or anchor.resource is Resource.NETWORK or anchor.tokens is not TokenKind.ALL:
-        return None
-    return home[consumer.name]
+def _join(
+    call: Call,
+    anchor: str,
+    calls: Sequence[Call],
+    operations: Mapping[str, Operation | None],
+    home: dict[str, str],
+) -> None:
+    """Move a call, and what it was given before, to the node of `anchor` if that computes all tokens on a usual lane."""
+    found = operations[anchor]
+    if found is None or found.resource is Resource.NETWORK or found.tokens is not TokenKind.ALL:
+        return
+    moved = {name: anchor if node == call.name else node for name, node in home.items()}
+    if not _has_circle(calls, moved):
+        home.update(moved)
 
 
-def _producer_home(call: Call, operations: Mapping[str, Operation | None], home: Mapping[str, str]) -> str | None:
-    """The node of the one call that this one reads, if that computes all tokens on an ordinary lane."""
-    producers = [name for name in call.inputs if name in home]
-    if len(producers) != 1:
-        return None
-    anchor = operations[home[producers[0]]]
-    if anchor is None or anchor.resource is Resource.NETWORK or anchor.tokens is not TokenKind.ALL:
-        return None
-    return home[producers[0]]
+def _has_circle(calls: Sequence[Call], home: Mapping[str, str]) -> bool:
+    """Whether nodes made by `home` would wait for each other."""
+    waits: TopologicalSorter[str] = TopologicalSorter()
+    for call in calls:
+        for value in call.inputs:
+            if value in home and home[value] != home[call.name]:
+                waits.add(home[call.name], home[value])
+    try:
+        waits.prepare()
+    except CycleError:
+        return True
+    return False
 
 
 def _node(

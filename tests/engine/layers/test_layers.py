@@ -34,7 +34,7 @@ def test_rms_norm_does_not_overflow_in_half_precision() -> None:
 
 def test_silu_and_mul_gates_the_second_half_with_the_first() -> None:
     gate, up = torch.randn(3, 5), torch.randn(3, 5)
-    assert torch.allclose(SiluAndMul()(torch.cat((gate, up), dim=-1)), gate * gate.sigmoid() * up)
+    assert torch.allclose(SiluAndMul(5)(torch.cat((gate, up), dim=-1)), gate * gate.sigmoid() * up)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -69,7 +69,7 @@ def test_column_then_row_parallel_linears_add_up_with_the_bias_once() -> None:
 
 
 def test_join_tokens_puts_decodes_first_and_copies_only_when_it_must() -> None:
-    join, some, none = JoinTokens(), torch.randn(3, 4), torch.empty(0, 4)
+    join, some, none = JoinTokens(4), torch.randn(3, 4), torch.empty(0, 4)
     assert join(some, none) is some
     assert join(none, some) is some
     assert torch.equal(join(some[:1], some[1:]), some)

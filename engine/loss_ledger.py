@@ -1,0 +1,153 @@
+"""`LossLedger`: books every second of an engine under the optimum or under the `Loss` that took it, as it passes.
+
+Time is cut at events: a request comes to an idle engine, a step's result arrives, the engine runs out of requests.
+Until a step has ended nothing of it is booked, so that totals never hold half a step. Pure: the time is passed in.
+
+A step's measured GEMM time is split by work, in tokens: `tokens * (1 - head) + drawn * head`, where `head` is the share
+of the output head among the active parameters, because only drawn tokens meet it. With s the GEMM seconds per token
+of this step, s* that of a full dense batch and s0 the optimum's:
+
+    padding     s * padding rows          discarded   s * tokens dropped or computed again
+    useful      s0 (ideal) + min(s, s*) - s0 (GEMM below its peak) + max(0, s - s*) (batch too small), per token
+
+A batch of at least `FULL_SHARE` of the dense batch counts as full and has no small-batch loss. s* is the running mean
+over such steps, which begins with the rate measured at the start: it needs no full batch ever to have come.
+"""
+
+from dataclasses import dataclass, field
+
+from engine.batch import StepTimes
+from engine.loss import Loss
+from engine.optimum import Optimum
+
+FULL_SHARE = 0.9
+DENSE_MEAN_STEPS = 32  # s* follows a change of the machine's speed within so many full batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedStep:
+    """A step as the ledger sees it: `num_drawn` of its `num_tokens` met the output head.
+
+    `num_recomputed` of the tokens were computed before and lost, `num_dropped` of the drawn ones came after their
+    sequence's end. `limit` is why the batch was no larger, if it was small; `times` None means not measured.
+    """
+
+    num_tokens: int
+    num_drawn: int
+    limit: Loss
+    device_seconds: float
+    times: StepTimes | None = None
+    num_recomputed: int = 0
+    num_dropped: int = 0
+    num_padding_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTotals:
+    """Seconds since the start: all that are booked, the ideal ones, and those of each loss; the group's optimum.
+
+    `skipped_head_seconds` are a gain: the optimum counts the output head for every token, prompt tokens skip it.
+    """
+
+    accounted_seconds: float = 0.0
+    ideal_seconds: float = 0.0
+    skipped_head_seconds: float = 0.0
+    loss_seconds: dict[Loss, float] = field(default_factory=dict)
+    optimal_tokens_per_second: float | None = None
+
+
+class LossLedger:
+    """Starts without requests at `now`. Every total only ever grows; times passed in must not decrease."""
+
+    def __init__(self, optimum: Optimum, *, dense_batch: int, now: float) -> None:
+        self._optimum = optimum
+        self._dense_batch = dense_batch
+        self._dense_seconds = 1 / optimum.dense_tokens_per_second
+        self._num_full = 1
+        self._started = now
+        self._booked_until = now
+        self._is_idle = True
+        self._ideal = 0.0
+        self._skipped_head = 0.0
+        self._losses = dict.fromkeys(Loss, 0.0)
+        self._debts = dict.fromkeys(Loss, 0.0)
+
+    def request_came(self, now: float) -> None:
+        """There is something to do from now on."""
+        if self._is_idle:
+            self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
+            self._is_idle = False
+
+    def requests_ended(self, now: float) -> None:
+        """No request is open and no step in flight. What passed since the last step ended was nobody's computation."""
+        if not self._is_idle:
+            self._charge(Loss.CPU_GAP, self._seconds_to(now))
+            self._is_idle = True
+
+    def step_ended(self, step: FinishedStep, now: float) -> None:
+        """The step's result is here: book the time since the last event."""
+        self._charge(Loss.CPU_GAP, self._seconds_to(now) - step.device_seconds)
+        useful_tokens = max(0, step.num_tokens - step.num_recomputed - step.num_dropped)
+        useful_drawn = min(useful_tokens, step.num_drawn - step.num_dropped)
+        ideal_token = 1 / self._optimum.tokens_per_second
+        self._ideal += useful_tokens * ideal_token
+        self._skipped_head += (useful_tokens - useful_drawn) * self._optimum.head_share * ideal_token
+        times = step.times
+        if times is None:
+            return
+        named = times.gemm_seconds + times.attention_seconds + times.exposed_network_seconds
+        self._charge(Loss.EXPOSED_ATTENTION, times.attention_seconds)
+        self._charge(Loss.EXPOSED_NETWORK, times.exposed_network_seconds)
+        self._charge(Loss.OTHER_OPERATIONS, step.device_seconds - named)
+        self._book_gemm(step, times.gemm_seconds, self._work(useful_tokens, useful_drawn))
+
+    def totals(self, now: float) -> LossTotals:
+        """Everything booked so far; while there are no requests, the time up to now."""
+        if self._is_idle:
+            self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
+        return LossTotals(
+            accounted_seconds=self._booked_until - self._started,
+            ideal_seconds=self._ideal,
+            skipped_head_seconds=self._skipped_head,
+            loss_seconds=dict(self._losses),
+            optimal_tokens_per_second=self._optimum.tokens_per_second,
+        )
+
+    def _book_gemm(self, step: FinishedStep, seconds: float, useful_work: float) -> None:
+        num_rows = step.num_tokens + step.num_padding_tokens
+        work = self._work(num_rows, step.num_drawn)
+        if work == 0:
+            return
+        per_token = seconds / work
+        padding = per_token * self._work(step.num_padding_tokens, 0)
+        useful = per_token * useful_work
+        self._charge(Loss.PADDING, padding)
+        self._charge(Loss.DISCARDED_TOKENS, seconds - padding - useful)
+        small = 0.0
+        if num_rows >= FULL_SHARE * self._dense_batch:
+            self._learn_dense(per_token)
+        else:
+            small = useful_work * max(0.0, per_token - self._dense_seconds)
+            self._charge(step.limit, small)
+        self._charge(Loss.GEMM_BELOW_PEAK, useful - small - useful_work / self._optimum.tokens_per_second)
+
+    def _learn_dense(self, per_token: float) -> None:
+        self._num_full = min(self._num_full + 1, DENSE_MEAN_STEPS)
+        self._dense_seconds += (per_token - self._dense_seconds) / self._num_full
+
+    def _work(self, num_tokens: int, num_drawn: int) -> float:
+        """In tokens that meet every active parameter."""
+        head = self._optimum.head_share
+        return num_tokens * (1 - head) + num_drawn * head
+
+    def _seconds_to(self, now: float) -> float:
+        """The time since the last event; `now` is the last event from here on."""
+        seconds = now - self._booked_until
+        self._booked_until = now
+        return seconds
+
+    def _charge(self, loss: Loss, seconds: float) -> None:
+        """Add to a loss. What would make it shrink (a clock's jitter) is kept and set against its next charges."""
+        seconds += self._debts[loss]
+        self._debts[loss] = min(0.0, seconds)
+        self._losses[loss] += max(0.0, seconds)

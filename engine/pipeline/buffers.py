@@ -1,0 +1,154 @@
+"""`BufferPlan`: where every value that passes between nodes lies in one arena, which serves all layers.
+
+A value has a place for the rows of the whole batch, in the order of the cut, so that a consumer cut otherwise than
+the producer reads a slice and nothing is copied. Places may have bytes in common where the rows that meet there are
+never live at the same time (`find_lifetimes`). The layer's input and its output are one value, handed from layer to
+layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from engine.pipeline.graph import LAYER_INPUT, OperationGraph
+from engine.pipeline.lifetimes import Lifetime, find_lifetimes
+from engine.pipeline.schedule import Schedule, ScheduleError
+
+ALIGNMENT = 256
+_MAX_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferPlan:
+    """For every value and for `LAYER_INPUT`: row r begins at byte offsets[value] + r * widths[value] * element_bytes.
+
+    The first layer's input is written to `LAYER_INPUT`, where the last one's output lies in the end. A value of
+    `in_place` is written over the one that it maps to. `widths` count elements of a token; all else is in bytes.
+    A plan holds for the very schedule that it was made for, not for scaled ones.
+    """
+
+    offsets: Mapping[str, int]
+    widths: Mapping[str, int]
+    in_place: Mapping[str, str]
+    element_bytes: int
+    num_tokens: int
+    num_layers: int
+    num_bytes: int
+
+    @property
+    def naive_bytes(self) -> int:
+        """What the values of one layer take if each has memory of its own."""
+        widths = (width for value, width in self.widths.items() if value != LAYER_INPUT)
+        return sum(widths) * self.num_tokens * self.element_bytes
+
+    def address(self, value: str, row: int) -> int:
+        """The byte of the arena where a row begins."""
+        return self.offsets[value] + row * self.widths[value] * self.element_bytes
+
+
+def plan_buffers(
+    schedule: Schedule,
+    graph: OperationGraph,
+    widths: Mapping[str, int],
+    element_bytes: int,
+    *,
+    num_layers: int,
+    in_place: Mapping[str, str] | None = None,
+    joined: Mapping[str, str] | None = None,
+) -> BufferPlan:
+    """Place the values of a verified schedule for a model of `num_layers` layers.
+
+    `widths`: elements per token of every value (`Node.outputs`). `in_place`: values that are computed where their
+    input lies. `joined`: values that lie in another's place because they have different rows of it. Raises
+    `ScheduleError` for a missing width, and where memory would be written while an earlier value is still needed.
+    """
+    in_place, joined = in_place or {}, joined or {}
+    missing = sorted(set(graph.producers) - set(widths))
+    if missing:
+        raise ScheduleError(f"the widths of {', '.join(missing)} are missing: give the elements of a token of each.")
+    owners = _owners(graph, widths, {**joined, **in_place})
+    lifetimes = find_lifetimes(schedule, graph, owners, in_place, num_layers)
+    row_bytes = {owner: widths[owner] * element_bytes for owner in owners.values()}
+    sizes = {owner: size * schedule.cut.num_tokens for owner, size in row_bytes.items()}
+    offsets = _best_offsets(sizes, _forbidden(lifetimes, row_bytes))
+    owner_of = {**owners, LAYER_INPUT: owners[graph.output]}
+    return BufferPlan(
+        offsets={value: offsets[owner] for value, owner in owner_of.items()},
+        widths={value: widths[owner] for value, owner in owner_of.items()},
+        in_place=dict(in_place),
+        element_bytes=element_bytes,
+        num_tokens=schedule.cut.num_tokens,
+        num_layers=num_layers,
+        num_bytes=_end(offsets, sizes),
+    )
+
+
+def _owners(graph: OperationGraph, widths: Mapping[str, int], shared: Mapping[str, str]) -> dict[str, str]:
+    """For every value the one whose place it takes, as a rule its own."""
+    owners = {}
+    for value in graph.producers:
+        owner = value
+        for _ in shared:
+            owner = shared.get(owner, owner)
+        if owner not in graph.producers or widths[owner] != widths[value]:
+            raise ScheduleError(f"{value} cannot lie where {owner} does: both must be values of the same width.")
+        owners[value] = owner
+    return owners
+
+
+# (owner, owner) -> the open intervals in which the second's offset minus the first's must not lie.
+_Forbidden = Mapping[tuple[str, str], Sequence[tuple[int, int]]]
+
+
+def _forbidden(lifetimes: Sequence[Lifetime], row_bytes: Mapping[str, int]) -> _Forbidden:
+    """Where two places must not lie towards each other: rows that may be live together would share a byte."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for first, second in combinations(lifetimes, 2):
+        if first.owner == second.owner:  # other rows of one place
+            continue
+        one, other = row_bytes[first.owner], row_bytes[second.owner]
+        low, high = first.start * one - second.stop * other, first.stop * one - second.start * other
+        pair = (first.owner, second.owner)
+        if any(begin <= low and high <= end for begin, end in found.get(pair, [])) or not first.meets(second):
+            continue
+        found.setdefault(pair, []).append((low, high))
+        found.setdefault((second.owner, first.owner), []).append((-high, -low))
+    return found
+
+
+def _best_offsets(sizes: Mapping[str, int], forbidden: _Forbidden) -> dict[str, int]:
+    """First fit, largest first; then swap two in that order for as long as this makes the arena smaller."""
+    order = sorted(sizes, key=lambda owner: -sizes[owner])
+    best = _first_fit(order, forbidden)
+    for _ in range(_MAX_ROUNDS):
+        before = _end(best, sizes)
+        for left, right in combinations(range(len(order)), 2):
+            swapped = list(order)
+            swapped[left], swapped[right] = order[right], order[left]
+            tried = _first_fit(swapped, forbidden)
+            if _end(tried, sizes) < _end(best, sizes):
+                order, best = swapped, tried
+        if _end(best, sizes) == before:
+            break
+    return best
+
+
+def _first_fit(order: Sequence[str], forbidden: _Forbidden) -> dict[str, int]:
+    """One after the other at the lowest offset that those before it leave free."""
+    offsets: dict[str, int] = {}
+    for owner in order:
+        taken = sorted(
+            (begin + offset, end + offset)
+            for other, offset in offsets.items()
+            for begin, end in forbidden.get((other, owner), ())
+        )
+        place = 0
+        for begin, end in taken:
+            if begin < place < end:
+                place = -(-end // ALIGNMENT) * ALIGNMENT
+        offsets[owner] = place
+    return offsets
+
+
+def _end(offsets: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    return max((offset + sizes[owner] for owner, offset in offsets.items()), default=0)

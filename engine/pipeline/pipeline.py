@@ -1,0 +1,122 @@
+"""`Pipeline`: runs the layers of a model by a schedule, on the lanes of the device.
+
+The model stays as it is: its layers are traced once, and a step walks the schedule instead of `forward`. A schedule
+that was planned for one batch is scaled to the batch at hand; what order its steps are issued in is worked out
+once per schedule. Layers whose graph the schedule was not made for run one operation after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from engine.models.decoder import Decoder
+from engine.pipeline.dispatch import Dispatch, dispatch_order
+from engine.pipeline.graph import OperationGraph
+from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.layer_program import LayerProgram, homes
+from engine.pipeline.nano_batch import Cut
+from engine.pipeline.schedule import Schedule
+from engine.pipeline.sequential import sequential_schedule
+from engine.pipeline.step_parts import StepParts
+from engine.pipeline.stopwatch import Cost, Stopwatch
+from engine.pipeline.tracer import TracedLayer, trace_layer
+from engine.pipeline.values import NUM_COPIES, Values, probe
+from engine.pipeline.verify import verify
+from engine.step_inputs import StepInputs
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive layers with the same graph."""
+
+    traced: TracedLayer
+    programs: tuple[LayerProgram, ...]
+
+    @cached_property
+    def homes(self) -> dict[str, str]:
+        return dict(homes(self.traced))
+
+
+class Pipeline:
+    """The layers of one rank's model. `graph` is that of the most layers: the one to plan for."""
+
+    def __init__(self, model: Decoder, hidden_size: int) -> None:
+        traced = [trace_layer(layer, hidden_size) for layer in model.layers]
+        self._embedding = model.embed_tokens
+        self._runs = [
+            _Run(group[0], tuple(map(LayerProgram.of, group)))
+            for group in (list(layers) for _, layers in groupby(traced, key=lambda layer: layer.graph.signature))
+        ]
+        signatures = [layer.graph.signature for layer in traced]
+        self.traced = max(traced, key=lambda layer: signatures.count(layer.graph.signature))
+        self._orders: dict[tuple[Schedule, str, int], Sequence[Dispatch]] = {}
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._sequential = {run.traced.graph.signature: sequential_schedule(run.traced.graph) for run in self._runs}
+
+    @property
+    def graph(self) -> OperationGraph:
+        """What schedules are made for."""
+        return self.traced.graph
+
+    @property
+    def sequential(self) -> Schedule:
+        """One nano-batch, one operation after the other; fits every batch."""
+        return self._sequential[self.graph.signature]
+
+    def run(self, step: StepInputs, schedule: Schedule, lanes: HostLanes, stopwatch: Stopwatch) -> Tensor:
+        """Hidden states [T, E] after the last layer, in the order of `schedule.cut`, scaled to the batch.
+
+        The schedule must have passed `verify` and fit the batch. The hidden states are a buffer that the next run
+        writes over.
+        """
+        cut = schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
+        parts = StepParts(step, cut)
+        started = stopwatch.now()
+        hidden_TE: Tensor = self._embedding.shard(parts.whole)
+        looked_up = stopwatch.spent(Cost.OTHER, started)
+        hidden_TE = self._embedding.all_reduce(hidden_TE)
+        stopwatch.flown(looked_up, stopwatch.spent(Cost.NETWORK, looked_up))
+        for run in self._runs:
+            if run is not self._runs[0]:
+                hidden_TE = hidden_TE.clone()  # it lies in a buffer that these layers may write to
+            if run.traced.graph.signature == self.graph.signature:
+                plan, ranges = schedule, _ranges(schedule, cut)
+            else:
+                plan = self._sequential[run.traced.graph.signature]
+                ranges = [(0, cut.num_tokens) for _ in plan.steps]
+            values = self._values(run, parts, hidden_TE)
+            lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
+            hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
+        return hidden_TE
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise `ScheduleError` unless this model can be run by the schedule."""
+        verify(schedule, self.graph)
+
+    def _order_of(self, run: _Run, schedule: Schedule) -> Sequence[Dispatch]:
+        key = (schedule, run.traced.graph.signature, len(run.programs))
+        if key not in self._orders:
+            self._orders[key] = dispatch_order(schedule, run.traced.graph, len(run.programs))
+        return self._orders[key]
+
+    def _values(self, run: _Run, parts: StepParts, initial: Tensor) -> Values:
+        """The buffers of a run of layers, made at first use and again when a batch is larger than any before."""
+        num_tokens = len(initial)
+        buffers = self._buffers.setdefault(run.traced.graph.signature, {})
+        if not buffers or next(iter(buffers.values())).shape[1] < num_tokens:
+            values = probe(tuple(run.programs[0].nodes.values()), parts, initial)
+            for value, home in run.homes.items():
+                shape = (NUM_COPIES, num_tokens, *values[value].shape[1:])
+                buffers[home] = torch.empty(shape, dtype=values[value].dtype, device=initial.device)
+        views = {home: tuple(buffer[:, :num_tokens]) for home, buffer in buffers.items()}
+        return Values(views, run.homes, run.traced.graph, parts, initial)
+
+
+def _ranges(schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:
+    """Where the steps' planned ranges lie in the cut of the batch at hand; empty ones have nothing to do."""
+    planned = schedule.cut
+    return [(planned.position_in(cut, step.start), planned.position_in(cut, step.stop)) for _, step in schedule.steps]

@@ -1,0 +1,258 @@
+"""`Profile`: the measured costs of one layer on one device, as a JSON file; `MeasuredCosts`: the cost model over it.
+
+    {"format": 1, "fingerprint": {"device": "...", ...}, "source": "...", "layer": "..." or null, "element_bytes": 2,
+     "nodes": {"qkv_proj": {"samples": [{"num_decodes": 0, "num_prefills": 512, "decode_context": 0,
+                                         "prefill_context": 0, "seconds": 0.0012}, ...],
+                            "modes": [{"share": 4, "speed": 0.5}, {"share": 10, "speed": 1}]}, ...},
+     "interference": [{"node": "o_proj", "beside": "all_reduce", "speed": 0.8}, ...]}
+
+`seconds` are alone on the device with all of its units. A mode's `speed` is relative to that with `share` tenths of
+the execution units; an empty list means that shares mean nothing here. An interference's `speed` is that of `node`
+while `beside` runs; either may be a resource (compute, memory, network), which stands for all its nodes not listed.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from engine.batch_shape import BatchShape
+from engine.errors import ConfigError
+from engine.operation import TokenKind
+from engine.pipeline.atomic_file import replace_file
+from engine.pipeline.cost_law import CostLaw, LawSample, fit_law
+from engine.pipeline.cost_model import Mode
+from engine.pipeline.graph import Node, OperationGraph
+from engine.pipeline.json_value import JsonValue, json_number
+from engine.pipeline.schedule import ALL_UNITS
+
+FORMAT = 1
+_KEYS = ("format", "fingerprint", "source", "layer", "element_bytes", "nodes", "interference")
+_SAMPLE_KEYS = ("num_decodes", "num_prefills", "decode_context", "prefill_context", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The seconds that a node took for the tokens of `shape`."""
+
+    shape: BatchShape
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProfile:
+    """What was measured of one node: at least one sample; modes by ascending share, or none."""
+
+    samples: tuple[Sample, ...]
+    modes: tuple[Mode, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """`node` runs at `speed` times its speed alone while `beside` runs; both are names of nodes or of resources."""
+
+    node: str
+    beside: str
+    speed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One file. `Profile.parse(str(profile)) == profile`."""
+
+    fingerprint: Mapping[str, str]
+    source: str
+    element_bytes: int
+    layer: str | None = None
+    nodes: Mapping[str, NodeProfile] = field(default_factory=dict)
+    interference: tuple[Interference, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, where: str = "profile") -> "Profile":
+        """Read the text form; raises `ConfigError` that names `where`, the path inside and what would be right."""
+        return cls.of(JsonValue.parse(text, where))
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """Read a file; raises `ConfigError` as `parse` does, or where the file cannot be read."""
+        return cls.of(JsonValue.read(path))
+
+    @classmethod
+    def of(cls, value: JsonValue) -> "Profile":
+        """Check a value of a JSON file; raises `ConfigError` that says where it is wrong."""
+        entries = value.object(_KEYS)
+        entries["format"].integer(FORMAT, FORMAT)
+        layer = entries["layer"]
+        interference = tuple(_interference(item) for item in entries["interference"].items())
+        pairs = [(item.node, item.beside) for item in interference]
+        for index, pair in enumerate(pairs):
+            if pair in pairs[:index]:
+                raise ConfigError(f"{entries['interference'].where}[{index}] repeats {pair[0]} beside {pair[1]}.")
+        return cls(
+            fingerprint={key: text.text() for key, text in entries["fingerprint"].entries().items()},
+            source=entries["source"].text(),
+            element_bytes=entries["element_bytes"].integer(1),
+            layer=None if layer.value is None else layer.text(),
+            nodes={name: _node_profile(node) for name, node in entries["nodes"].entries().items()},
+            interference=interference,
+        )
+
+    def __str__(self) -> str:
+        nodes = ",\n".join(f"  {json.dumps(name)}: {_node_text(node)}" for name, node in self.nodes.items())
+        pairs = ",\n".join(
+            f'  {{"node": {json.dumps(pair.node)}, "beside": {json.dumps(pair.beside)}, '
+            f'"speed": {json_number(pair.speed)}}}'
+            for pair in self.interference
+        )
+        return (
+            f'{{\n"format": {FORMAT},\n'
+            f'"fingerprint": {json.dumps(dict(self.fingerprint), indent=1)},\n'
+            f'"source": {json.dumps(self.source)},\n"layer": {json.dumps(self.layer)},\n'
+            f'"element_bytes": {self.element_bytes},\n'
+            f'"nodes": {{\n{nodes}\n}},\n"interference": [\n{pairs}\n]\n}}\n'
+        )
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once, so that a reader sees the old or the new one; makes its folder if need be."""
+        replace_file(path, str(self))
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """The `CostModel` over a profile; raises `ConfigError` when the profile lacks a node of the graph."""
+
+    profile: Profile
+    graph: OperationGraph
+
+    def __post_init__(self) -> None:
+        missing = [node.name for node in self.graph.nodes if node.name not in self.profile.nodes]
+        if missing:
+            raise ConfigError(
+                f"The profile ({self.profile.source}) lacks {', '.join(missing)} of this layer; it has "
+                f"{', '.join(self.profile.nodes) or 'no operations'}. Profile this model again."
+            )
+        for node in self.graph.nodes:
+            if not any(_law_samples(node, self.profile.nodes[node.name])):
+                raise ConfigError(
+                    f"The profile ({self.profile.source}) has no sample of {node.name} with {node.tokens} tokens, "
+                    "which are what it computes. Profile this model again."
+                )
+
+    @property
+    def source(self) -> str:
+        """Where the prices come from, for people."""
+        return self.profile.source
+
+    @property
+    def shares_units(self) -> bool:
+        """Whether any operation was measured at several shares."""
+        return any(len(self.profile.nodes[node.name].modes) > 1 for node in self.graph.nodes)
+
+    def seconds(self, node: Node, shape: BatchShape) -> float:
+        """Time of `node` for the tokens of `shape`, alone, interpolated between samples (`cost_law`)."""
+        return self._laws[node.name].seconds(*_tokens_and_context(node, shape))
+
+    def modes(self, node: Node) -> tuple[Mode, ...]:
+        """The measured shares; all units where there are none."""
+        return self.profile.nodes[node.name].modes or (Mode(ALL_UNITS, 1.0),)
+
+    def speed(self, node: Node, share: int, beside: Sequence[tuple[Node, int]]) -> float:
+        """The speed at this share times what each of the others leaves of it.
+
+        A pair without a measurement of its own takes the one of its resources, else none is lost.
+        """
+        speed = _speed_at(self.modes(node), share)
+        for other, _ in beside:
+            speed *= self._interference(node, other)
+        return speed
+
+    def _interference(self, node: Node, other: Node) -> float:
+        for one in (node.name, node.resource.value):
+            for another in (other.name, other.resource.value):
+                if (one, another) in self._pairs:
+                    return self._pairs[one, another]
+        return 1.0
+
+    @cached_property
+    def _pairs(self) -> Mapping[tuple[str, str], float]:
+        return {(pair.node, pair.beside): pair.speed for pair in self.profile.interference}
+
+    @cached_property
+    def _laws(self) -> Mapping[str, CostLaw]:
+        return {
+            node.name: fit_law(tuple(_law_samples(node, self.profile.nodes[node.name])), node.cache_reads)
+            for node in self.graph.nodes
+        }
+
+
+def _law_samples(node: Node, measured: NodeProfile) -> Iterator[LawSample]:
+    """The samples in which the node had something to do."""
+    for sample in measured.samples:
+        tokens, context = _tokens_and_context(node, sample.shape)
+        if tokens > 0:
+            yield LawSample(tokens, context, sample.seconds)
+
+
+def _tokens_and_context(node: Node, shape: BatchShape) -> tuple[float, float]:
+    """The tokens of `shape` that the node computes, and their mean context."""
+    decodes = 0.0 if node.tokens is TokenKind.PREFILL else shape.num_decodes
+    prefills = 0.0 if node.tokens is TokenKind.DECODE else shape.num_prefills
+    tokens = decodes + prefills
+    total_context = decodes * shape.decode_context + prefills * shape.prefill_context
+    if decodes == 0 or prefills == 0:  # exactly, not through a division that rounds
+        return tokens, shape.decode_context if prefills == 0 else shape.prefill_context
+    return tokens, total_context / tokens
+
+
+def _speed_at(modes: Sequence[Mode], share: int) -> float:
+    """Linear between measured shares and from nothing at no share; beyond the largest nothing is gained."""
+    shares, speeds = (0, *(mode.share for mode in modes)), (0.0, *(mode.speed for mode in modes))
+    index = bisect_right(shares, share) - 1
+    if index == len(shares) - 1:
+        return speeds[-1]
+    part = (share - shares[index]) / (shares[index + 1] - shares[index])
+    return speeds[index] + part * (speeds[index + 1] - speeds[index])
+
+
+def _node_profile(value: JsonValue) -> NodeProfile:
+    entries = value.object(("samples", "modes"))
+    samples = tuple(_sample(item) for item in entries["samples"].items())
+    if not samples:
+        entries["samples"].refuse("a list of at least one sample")
+    modes: list[Mode] = []
+    for item in entries["modes"].items():
+        fields = item.object(("share", "speed"))
+        modes.append(Mode(fields["share"].integer(1, ALL_UNITS), fields["speed"].number(is_positive=True)))
+        if len(modes) > 1 and modes[-1].share <= modes[-2].share:
+            fields["share"].refuse(f"above the share before it, {modes[-2].share}")
+    return NodeProfile(samples, tuple(modes))
+
+
+def _sample(value: JsonValue) -> Sample:
+    fields = value.object(_SAMPLE_KEYS)
+    numbers = {key: fields[key].number() for key in _SAMPLE_KEYS}
+    seconds = numbers.pop("seconds")
+    sample = Sample(BatchShape(**numbers), seconds)
+    if sample.shape.num_tokens == 0:
+        value.refuse("a sample of at least some tokens (num_decodes + num_prefills above zero)")
+    return sample
+
+
+def _interference(value: JsonValue) -> Interference:
+    fields = value.object(("node", "beside", "speed"))
+    return Interference(fields["node"].text(), fields["beside"].text(), fields["speed"].number(is_positive=True))
+
+
+def _node_text(node: NodeProfile) -> str:
+    samples = ",\n".join(
+        "    {" + ", ".join(f'"{key}": {json_number(float(number))}' for key, number in _numbers(sample)) + "}"
+        for sample in node.samples
+    )
+    modes = ", ".join(f'{{"share": {mode.share}, "speed": {json_number(mode.speed)}}}' for mode in node.modes)
+    return f'{{"samples": [\n{samples}],\n   "modes": [{modes}]}}'
+
+
+def _numbers(sample: Sample) -> Iterator[tuple[str, float]]:
+    return zip(_SAMPLE_KEYS, (*astuple(sample.shape), sample.seconds), strict=True)

@@ -1,0 +1,83 @@
+"""`Stopwatch`: where the time of one step went on one rank, by cost, and as timeline events where that is asked for."""
+
+import time
+from enum import StrEnum
+
+from engine.batch import StepTimes
+from engine.pipeline.schedule import Lane
+from engine.pipeline.timeline import TimelineEvent
+
+
+class Cost(StrEnum):
+    """What time spent in an operation is counted as (DESIGN.md, section 7)."""
+
+    GEMM = "gemm"
+    ATTENTION = "attention"
+    NETWORK = "network"
+    OTHER = "other"
+
+
+class Stopwatch:
+    """`seconds[cost]` of the compute lane, where NETWORK is time spent waiting for the network; `network_seconds` is
+    time with a collective in flight, waited for or not. Reads the host's clock, so it tells CPU lanes only.
+    """
+
+    def __init__(self, *, rank: int = 0, records_events: bool = False) -> None:
+        self.seconds = dict.fromkeys(Cost, 0.0)
+        self.network_seconds = 0.0
+        self.events: list[TimelineEvent] | None = [] if records_events else None
+        self.rank = rank
+        self._origin = time.perf_counter()
+        self._network_reached = self._origin
+
+    @staticmethod
+    def now() -> float:
+        """The clock that everything here is told by."""
+        return time.perf_counter()
+
+    def spent(self, cost: Cost, started: float) -> float:
+        """Count the time since `started` on the compute lane; returns the time now."""
+        now = time.perf_counter()
+        self.seconds[cost] += now - started
+        return now
+
+    def flown(self, started: float, ended: float) -> None:
+        """A collective was in flight; those in flight together count once. To be called in the order of their ends."""
+        self.network_seconds += max(0.0, ended - max(started, self._network_reached))
+        self._network_reached = max(self._network_reached, ended)
+
+    def times(self) -> StepTimes:
+        """What was counted so far."""
+        return StepTimes(
+            gemm_seconds=self.seconds[Cost.GEMM],
+            attention_seconds=self.seconds[Cost.ATTENTION],
+            exposed_network_seconds=self.seconds[Cost.NETWORK],
+            network_seconds=self.network_seconds,
+        )
+
+    def record(
+        self,
+        operation: str,
+        lane: Lane,
+        started: float,
+        *,
+        ended: float | None = None,
+        layer: int | None = None,
+        tokens: tuple[int, int] = (0, 0),
+        nano_batch: int = 0,
+    ) -> None:
+        """Keep an event that ended now, or then, if events are recorded."""
+        if self.events is not None:
+            self.events.append(
+                TimelineEvent(
+                    operation=operation,
+                    lane=lane,
+                    start=started - self._origin,
+                    end=(self.now() if ended is None else ended) - self._origin,
+                    layer=layer,
+                    start_token=tokens[0],
+                    stop_token=tokens[1],
+                    nano_batch=nano_batch,
+                    rank=self.rank,
+                )
+            )
