@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Protocol
 
+from cluster.recent_losses import RecentLosses
 from cluster.routing_policy import LoadSnapshot
 from cluster.step_message import Abort, Hello, MetricsTarget, OutputRow, RequestProblem, StepMessage, pack, pack_problem
 from engine import (
@@ -17,6 +18,7 @@ from engine import (
     EngineDeadError,
     EngineStats,
     LLMEngine,
+    LossWaterfall,
     Request,
     RequestError,
     RequestId,
@@ -52,6 +54,8 @@ class EngineHost:
         self._ranks = ranks
         self._streams: dict[str, _Stream] = {}
         self._started = time.monotonic()
+        self._recent = RecentLosses(engine.stats)
+        self._remembering = asyncio.get_running_loop().create_task(self._recent.run(), name="recent losses")
         if ranks is not None:
             ranks.watch()
 
@@ -103,6 +107,10 @@ class EngineHost:
         """The engine's numbers, and the seconds since it was ready."""
         return self._engine.stats(), time.monotonic() - self._started
 
+    def recent_losses(self) -> LossWaterfall | None:
+        """How far the last seconds were from the optimum, and why; None where that is unknown."""
+        return self._recent.waterfall()
+
     def check(self) -> None:
         """Raise `EngineDeadError` if the engine or one of its ranks has died. Busy is not dead."""
         death = self._engine.death or (self._ranks.death if self._ranks is not None else None)
@@ -113,6 +121,8 @@ class EngineHost:
         """End every stream, then the engine."""
         for ingress_id in list(self._streams):
             self._end(ingress_id)
+        self._remembering.cancel()
+        await asyncio.gather(self._remembering, return_exceptions=True)
         await self._engine.close()
 
     async def _next_message(self, stream: "_Stream") -> StepMessage:

@@ -7,17 +7,21 @@ Two counts of tokens, on purpose. `nanoserve_prompt_tokens_total` and `nanoserve
 by the ingress when a call ends well, from the `usage` of its answer: they equal exactly what clients were told, stop
 strings included. Calls that ended otherwise (a disconnect, an error) add to `nanoserve_unanswered_tokens_total`.
 `nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those.
+
+Percent of the optimum over any range is the rate of `nanoserve_ideal_seconds_total` divided by that of
+`nanoserve_accounted_seconds_total`; the losses explain the rest, and `nanoserve_skipped_head_seconds_total` is how much
+they may exceed it by. All of these are missing, not zero, where no GEMM peak was measured.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine import EngineStats
+from engine import EngineStats, LossWaterfall
 
 PREFIX = "nanoserve_"
 ENGINE_LABELS = ("model", "replica")
@@ -67,35 +71,95 @@ ENGINE_METRICS = (
     EngineMetric("prefix_cache_hits_total", "Prompt tokens found cached.", lambda s: s.num_cached_prompt_tokens, True),
     EngineMetric("num_preemptions_total", "Sequences that gave up their blocks.", lambda s: s.num_preemptions, True),
     EngineMetric("engine_device_seconds_total", "Time the ranks computed.", lambda s: s.device_seconds, True),
+    EngineMetric("engine_padding_tokens_total", "Rows computed to fill a batch.", lambda s: s.num_padding_tokens, True),
+    EngineMetric("engine_gemm_seconds_total", "Device time in matrix products.", lambda s: s.gemm_seconds, True),
+    EngineMetric("engine_attention_seconds_total", "Device time in attention.", lambda s: s.attention_seconds, True),
+    EngineMetric("engine_network_seconds_total", "Time collectives were in flight.", lambda s: s.network_seconds, True),
+    EngineMetric(
+        "engine_exposed_network_seconds_total",
+        "Time the ranks waited for collectives.",
+        lambda stats: stats.exposed_network_seconds,
+        True,
+    ),
+    EngineMetric(
+        "overlap_saved_seconds_total",
+        "Time collectives were in flight while the ranks computed.",
+        lambda stats: stats.hidden_network_seconds,
+        True,
+    ),
     EngineMetric("engine_schedule_seconds_total", "Time spent composing batches.", lambda s: s.schedule_seconds, True),
     EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
     EngineMetric(
         "request_queue_seconds_total", "Time requests waited before their first step.", lambda s: s.queue_seconds, True
     ),
 )
+OPTIMUM_METRICS = (
+    EngineMetric(
+        "accounted_seconds_total",
+        "Time up to the last step's end, as losses count.",
+        lambda s: s.accounted_seconds,
+        True,
+    ),
+    EngineMetric("ideal_seconds_total", "Time the useful tokens take at the optimum.", lambda s: s.ideal_seconds, True),
+    EngineMetric(
+        "skipped_head_seconds_total",
+        "The part of the ideal time that prompt tokens skip, having no logits.",
+        lambda stats: stats.skipped_head_seconds,
+        True,
+    ),
+    EngineMetric(
+        "optimal_tokens_per_second",
+        "What the measured GEMM peak of the group allows.",
+        lambda stats: stats.optimal_tokens_per_second or 0.0,
+    ),
+)
+LOSS_SECONDS = "loss_seconds_total"
+PLAN_STEPS = "plan_steps_total"
+PERCENT_OF_OPTIMAL = "percent_of_optimal"
 ENGINE_FINISHED = "engine_requests_finished_total"
 ENGINE_UPTIME = "engine_uptime_seconds_total"
 
 
 class EngineCollector(Collector):
-    """Turns a replica's `EngineStats` into metrics at scrape time; costs a running engine nothing."""
+    """Turns a replica's `EngineStats` into metrics at scrape time; costs a running engine nothing.
 
-    def __init__(self, read: Callable[[], tuple[EngineStats, float]], *, model: str, replica: str) -> None:
+    `recent` gives the waterfall of the last seconds, however often somebody scrapes.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[EngineStats, float]],
+        *,
+        model: str,
+        replica: str,
+        recent: Callable[[], LossWaterfall | None] = lambda: None,
+    ) -> None:
         self._read = read
+        self._recent = recent
         self._labels = [model, replica]
 
     def collect(self) -> Iterator[Metric]:
-        """One sample per metric."""
+        """One sample per metric, or per value of its own label."""
         stats, uptime = self._read()
         for metric in ENGINE_METRICS:
             yield self._family(metric.name, metric.help, metric.read(stats), is_counter=metric.is_counter)
         yield self._family(ENGINE_UPTIME, "Time since the engine was ready; idle is uptime less busy.", uptime)
-        finished = CounterMetricFamily(
-            PREFIX + ENGINE_FINISHED, "Requests the engine ended.", labels=[*ENGINE_LABELS, "finished_reason"]
-        )
-        for reason, count in sorted(stats.num_finished.items()):
-            finished.add_metric([*self._labels, reason], count)
-        yield finished
+        yield self._by(ENGINE_FINISHED, "Requests the engine ended.", "finished_reason", stats.num_finished)
+        yield self._by(PLAN_STEPS, "Steps run with each plan.", "plan", stats.num_steps_by_plan)
+        if stats.optimal_tokens_per_second is not None:
+            for metric in OPTIMUM_METRICS:
+                yield self._family(metric.name, metric.help, metric.read(stats), is_counter=metric.is_counter)
+            by_loss = {loss.value: seconds for loss, seconds in stats.loss_seconds.items()}
+            yield self._by(LOSS_SECONDS, "Time lost against the optimum, by cause.", "loss", by_loss)
+        if (recent := self._recent()) is not None:
+            text = "Useful tokens per second of the last seconds, of the optimum."
+            yield self._family(PERCENT_OF_OPTIMAL, text, recent.percent_of_optimal, is_counter=False)
+
+    def _by(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=[*ENGINE_LABELS, label])
+        for key, value in sorted(values.items()):
+            family.add_metric([*self._labels, key], value)
+        return family
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not read an engine that is still loading."""

@@ -49,7 +49,14 @@ class Replica:
         self._endpoint = MetricsEndpoint(registry, node_address())
         target = MetricsTarget("replica", self.replica_id, self._endpoint.address)
         self._host = EngineHost(engine, capacity, target, group)
-        registry.register(EngineCollector(self._host.stats, model=config.names[0], replica=self.replica_id))
+        registry.register(
+            EngineCollector(
+                self._host.stats,
+                model=config.names[0],
+                replica=self.replica_id,
+                recent=self._host.recent_losses,
+            )
+        )
         report.ready(time.time())
 
     async def submit(

@@ -205,6 +205,8 @@ def _offline_summary(result: "OfflineResult") -> str:
         ("preemptions", f"{values['num_preemptions']:,}"),
         ("GEMM peak", f"{values['gemm_peak_flops_per_second'] / 1e12:,.3f} TFLOP/s, measured at {shape}"),
         ("optimum", f"{values['optimal_tokens_per_second']:,.1f} tokens per second (in + out)"),
+        ("plans", ", ".join(f"{plan} x{count:,}" for plan, count in values["num_steps_by_plan"].items())),
         ("percent of optimum", f"{values['percent_of_optimum']:.1f} %"),
     )
-    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+    summary = "\n".join(f"{name:<22} {value}" for name, value in rows)
+    return f"{summary}\n\n{result.waterfall.table()}"

@@ -12,7 +12,7 @@ instead of the median: of a few, and with neighbours still loading, that is what
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,8 +58,8 @@ def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
         of_model = tuple(_smaller(shape) for shape in of_model)
     device = torch.device(config.device.value)
     dtype = getattr(torch, config.dtype.value)
-    with _threads(config.threads_per_rank), torch.inference_mode():
-        by_shape = {shape: _flops_per_second(shape, dtype, device, quick) for shape in (*of_squares, *of_model)}
+    with using_threads(config.threads_per_rank), torch.inference_mode():
+        by_shape = {shape: linear_flops_per_second(shape, dtype, device, quick) for shape in (*of_squares, *of_model)}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what this took must not lessen the memory that a cache of KV blocks finds free
     best = max(by_shape, key=lambda shape: by_shape[shape])
@@ -91,7 +91,7 @@ def model_shapes(config: EngineConfig) -> tuple[Shape, ...]:
     )
 
 
-def _squares(sizes: dict[DeviceKind, tuple[int, ...]], config: EngineConfig) -> tuple[Shape, ...]:
+def _squares(sizes: Mapping[DeviceKind, tuple[int, ...]], config: EngineConfig) -> tuple[Shape, ...]:
     return tuple((size, size, size) for size in sizes[config.device])
 
 
@@ -103,7 +103,8 @@ def _smaller(shape: Shape) -> Shape:
     return sides[0], sides[1], sides[2]
 
 
-def _flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.device, quick: bool) -> float:
+def linear_flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.device, quick: bool = False) -> float:
+    """Of one product (M, N, K), with the threads that torch has now."""
     rows, outputs, inputs = shape
     activations = torch.randn(rows, inputs, device=device).to(dtype)
     weights = torch.randn(outputs, inputs, device=device).to(dtype)
@@ -138,7 +139,8 @@ def _cuda_seconds(activations: Tensor, weights: Tensor) -> float:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch compute on so many CPU threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -14,6 +14,7 @@ A batch of at least `FULL_SHARE` of the dense batch counts as full and has no sm
 over such steps, which begins with the rate measured at the start: it needs no full batch ever to have come.
 """
 
+import threading
 from dataclasses import dataclass, field
 
 from engine.batch import StepTimes
@@ -57,7 +58,10 @@ class LossTotals:
 
 
 class LossLedger:
-    """Starts without requests at `now`. Every total only ever grows; times passed in must not decrease."""
+    """Starts without requests at `now`. Every total only ever grows; times passed in must not decrease.
+
+    Totals may be read from another thread than the engine's, as a metrics endpoint does.
+    """
 
     def __init__(self, optimum: Optimum, *, dense_batch: int, now: float) -> None:
         self._optimum = optimum
@@ -71,22 +75,42 @@ class LossLedger:
         self._skipped_head = 0.0
         self._losses = dict.fromkeys(Loss, 0.0)
         self._debts = dict.fromkeys(Loss, 0.0)
+        self._lock = threading.Lock()
 
     def request_came(self, now: float) -> None:
         """There is something to do from now on."""
-        if self._is_idle:
-            self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
-            self._is_idle = False
+        with self._lock:
+            if self._is_idle:
+                self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
+                self._is_idle = False
 
     def requests_ended(self, now: float) -> None:
         """No request is open and no step in flight. What passed since the last step ended was nobody's computation."""
-        if not self._is_idle:
-            self._charge(Loss.CPU_GAP, self._seconds_to(now))
-            self._is_idle = True
+        with self._lock:
+            if not self._is_idle:
+                self._charge(Loss.CPU_GAP, self._seconds_to(now))
+                self._is_idle = True
 
     def step_ended(self, step: FinishedStep, now: float) -> None:
         """The step's result is here: book the time since the last event."""
-        self._charge(Loss.CPU_GAP, self._seconds_to(now) - step.device_seconds)
+        with self._lock:
+            self._charge(Loss.CPU_GAP, self._seconds_to(now) - step.device_seconds)
+            self._book_device(step)
+
+    def totals(self, now: float) -> LossTotals:
+        """Everything booked so far; while there are no requests, the time up to now."""
+        with self._lock:
+            if self._is_idle:
+                self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
+            return LossTotals(
+                accounted_seconds=self._booked_until - self._started,
+                ideal_seconds=self._ideal,
+                skipped_head_seconds=self._skipped_head,
+                loss_seconds=dict(self._losses),
+                optimal_tokens_per_second=self._optimum.tokens_per_second,
+            )
+
+    def _book_device(self, step: FinishedStep) -> None:
         useful_tokens = max(0, step.num_tokens - step.num_recomputed - step.num_dropped)
         useful_drawn = min(useful_tokens, step.num_drawn - step.num_dropped)
         ideal_token = 1 / self._optimum.tokens_per_second
@@ -100,18 +124,6 @@ class LossLedger:
         self._charge(Loss.EXPOSED_NETWORK, times.exposed_network_seconds)
         self._charge(Loss.OTHER_OPERATIONS, step.device_seconds - named)
         self._book_gemm(step, times.gemm_seconds, self._work(useful_tokens, useful_drawn))
-
-    def totals(self, now: float) -> LossTotals:
-        """Everything booked so far; while there are no requests, the time up to now."""
-        if self._is_idle:
-            self._charge(Loss.NO_REQUESTS, self._seconds_to(now))
-        return LossTotals(
-            accounted_seconds=self._booked_until - self._started,
-            ideal_seconds=self._ideal,
-            skipped_head_seconds=self._skipped_head,
-            loss_seconds=dict(self._losses),
-            optimal_tokens_per_second=self._optimum.tokens_per_second,
-        )
 
     def _book_gemm(self, step: FinishedStep, seconds: float, useful_work: float) -> None:
         num_rows = step.num_tokens + step.num_padding_tokens

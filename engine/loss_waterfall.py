@@ -6,7 +6,7 @@ are booked from their own measurements by the engine's `LossLedger`; what contra
 positive where a step's parts were not measured, negative where a part was counted twice or the peak is too low.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,26 @@ class LossWaterfall:
             optimal_tokens_per_second=later.optimal_tokens_per_second,
         )
 
+    @classmethod
+    def combined(cls, waterfalls: Sequence["LossWaterfall"]) -> "LossWaterfall":
+        """Of several engines over the same time: the optimum is theirs together, seconds add up.
+
+        A second of an engine weighs as much as its optimum, so that shares of seconds are shares of tokens.
+        """
+        optimum = sum(one.optimal_tokens_per_second for one in waterfalls)
+        weights = [one.optimal_tokens_per_second * len(waterfalls) / optimum for one in waterfalls]
+
+        def total(read: Callable[[LossWaterfall], float]) -> float:
+            return sum(weight * read(one) for weight, one in zip(weights, waterfalls, strict=True))
+
+        return cls(
+            wall_seconds=total(lambda one: one.wall_seconds),
+            ideal_seconds=total(lambda one: one.ideal_seconds),
+            skipped_head_seconds=total(lambda one: one.skipped_head_seconds),
+            seconds={loss: total(lambda one, loss=loss: one.seconds[loss]) for loss in Loss},  # type: ignore[misc]
+            optimal_tokens_per_second=optimum,
+        )
+
     @property
     def percent_of_optimal(self) -> float:
         """Useful tokens per second as a percentage of the optimum."""
@@ -69,23 +89,20 @@ class LossWaterfall:
         return 100 * seconds / self.wall_seconds
 
     def with_optimum(self, optimal_tokens_per_second: float) -> "LossWaterfall":
-        """The same window against a higher optimum: what the ideal no longer takes was GEMM below its peak.
+        """The same window against an optimum measured otherwise: what it changes is GEMM below the peak.
 
-        Raises ValueError for a lower one, because what was lost against it is not known.
+        Products that turn out to be faster than a lower peak leave a negative unexplained part, as always.
         """
         kept = self.optimal_tokens_per_second / optimal_tokens_per_second
-        if kept > 1:
-            raise ValueError(
-                f"The new optimum, {optimal_tokens_per_second}, must be at least {self.optimal_tokens_per_second}."
-            )
         freed = (1 - kept) * (self.ideal_seconds - self.skipped_head_seconds)
-        # Matrix products that were faster than the old peak are below the new one by less.
-        freed -= min(freed, max(0.0, -self.unexplained_seconds))
+        if freed > 0:  # first of all, products that seemed faster than the old peak no longer do
+            freed -= min(freed, max(0.0, -self.unexplained_seconds))
+        below = max(0.0, self.seconds[Loss.GEMM_BELOW_PEAK] + freed)
         return LossWaterfall(
             wall_seconds=self.wall_seconds,
             ideal_seconds=kept * self.ideal_seconds,
             skipped_head_seconds=kept * self.skipped_head_seconds,
-            seconds=self.seconds | {Loss.GEMM_BELOW_PEAK: self.seconds[Loss.GEMM_BELOW_PEAK] + freed},
+            seconds=self.seconds | {Loss.GEMM_BELOW_PEAK: below},
             optimal_tokens_per_second=optimal_tokens_per_second,
         )
 

@@ -40,9 +40,9 @@ class ModelRunner:
         returns_logprobs: bool = True,
     ) -> None:
         self._model = model
-        self._pipeline = Pipeline(model, config.model.hidden_size)
+        self.pipeline = Pipeline(model, config.model.hidden_size)
         self._lanes = HostLanes(overlaps=config.pipeline is PipelineMode.OVERLAP)
-        self.plans = PlanChoice(self._pipeline.sequential)
+        self.plans = PlanChoice(self.pipeline.sequential)
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs
@@ -76,7 +76,7 @@ class ModelRunner:
         self._pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
         drawn = None
         if len(batch.rows):
-            hidden_TE = self._pipeline.run(self._step_inputs(batch, lengths, staged), schedule, self._lanes, stopwatch)
+            hidden_TE = self.pipeline.run(self._step_inputs(batch, lengths, staged), schedule, self._lanes, stopwatch)
             if len(batch.sampled):
                 drawn = self._draw(hidden_TE, plan, staged, stopwatch)
         clock.stop()

@@ -16,6 +16,7 @@ from engine.errors import ConfigError, EngineDeadError
 from engine.gemm_peak import METHOD, GemmPeak, measure_gemm_peak
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine
+from engine.loss_waterfall import LossWaterfall
 from engine.optimum import active_parameters, optimal_tokens_per_second
 from engine.request import Request, RequestId, SamplingParams, TokenOutput
 from engine.stats import EngineStats
@@ -27,7 +28,11 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineResult:
-    """What one run achieved. `num_cached_prompt_tokens` were found in the prefix cache and not computed."""
+    """What one run achieved. `num_cached_prompt_tokens` were found in the prefix cache and not computed.
+
+    `percent_of_optimum` counts all tokens in and out; the `waterfall` those computed, which for every request is one
+    less: its last token is drawn and never an input.
+    """
 
     config: EngineConfig
     workload: Workload
@@ -39,7 +44,10 @@ class OfflineResult:
     num_discarded_tokens: int
     device_seconds: float
     schedule_seconds: float
+    num_steps_by_plan: dict[str, int]
+    hidden_network_seconds: float
     gemm_peak: GemmPeak
+    waterfall: LossWaterfall
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -102,6 +110,9 @@ class OfflineResult:
             },
             "optimal_tokens_per_second": self.optimal_tokens_per_second,
             "percent_of_optimum": self.percent_of_optimum,
+            "num_steps_by_plan": self.num_steps_by_plan,
+            "hidden_network_seconds": self.hidden_network_seconds,
+            "loss_waterfall": self.waterfall.to_json(),
         }
 
 
@@ -124,8 +135,9 @@ class OfflineBenchmark:
     def run(self) -> OfflineResult:
         """Load, warm up, measure. Raises `ConfigError` for what cannot start and `EngineDeadError`."""
         before = measure_gemm_peak(self._config)
-        seconds, counted = asyncio.run(self._run())
+        seconds, counted, waterfall = asyncio.run(self._run())
         after = measure_gemm_peak(self._config)
+        peak = max(before, after, key=lambda peak: peak.flops_per_second)
         return OfflineResult(
             config=self._config,
             workload=self._workload,
@@ -137,20 +149,28 @@ class OfflineBenchmark:
             num_discarded_tokens=counted.num_discarded_tokens,
             device_seconds=counted.device_seconds,
             schedule_seconds=counted.schedule_seconds,
-            gemm_peak=max(before, after, key=lambda peak: peak.flops_per_second),
+            num_steps_by_plan=counted.num_steps_by_plan,
+            hidden_network_seconds=counted.hidden_network_seconds,
+            gemm_peak=peak,
+            waterfall=waterfall.with_optimum(optimal_tokens_per_second(peak.flops_per_second, self._config.model)),
         )
 
-    async def _run(self) -> tuple[float, EngineStats]:
+    async def _run(self) -> tuple[float, EngineStats, LossWaterfall]:
+        """Seconds, counters at the end, and the losses of those seconds against the peak that the rank measured."""
         engine = LLMEngine(self._config, InlineExecutor(self._config))
         await engine.start()
         try:
             requests = [self._request(index) for index in range(len(self._workload.requests))]
             sink = _CountingSink(len(requests), self._progress)
+            before = engine.stats()
             started = time.perf_counter()
             for request in requests:
                 engine.submit(request, sink)
             await sink.all_finished
-            return time.perf_counter() - started, engine.stats()
+            seconds, counted = time.perf_counter() - started, engine.stats()
+            waterfall = LossWaterfall.between(before, counted)
+            assert waterfall is not None, "a worker measures its GEMM peak, and every workload has a request"
+            return seconds, counted, waterfall
         finally:
             await engine.close()
 

@@ -45,11 +45,12 @@ class Worker:
             raise ConfigError(f"rank must be 0..{config.tensor_parallel - 1}, but is {rank}.")
         if rendezvous is None and config.tensor_parallel > 1:
             raise ConfigError(f"tensor_parallel {config.tensor_parallel} needs a rendezvous, such as tcp://host:port.")
-        self._config = config
+        self.config = self._config = config
         self._rank = rank
         self._rendezvous = rendezvous
         self._timeout = timedelta(seconds=timeout_seconds)
         self._owns_group = False
+        self.tensor_parallel = TensorParallel()
         self._runner: ModelRunner | None = None
 
     def start(self, progress: Callable[[int, int], None] | None = None) -> CacheCapacity:
@@ -59,7 +60,7 @@ class Worker:
         """
         config = self._config
         device = self._select_device()
-        tensor_parallel = self._join_group()
+        self.tensor_parallel = tensor_parallel = self._join_group()
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device)
@@ -80,9 +81,14 @@ class Worker:
 
     def execute(self, batch: Batch) -> PendingStep:
         """Launch one step: on a GPU it returns before the device is done, on a CPU after."""
+        return self.runner.launch(batch)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What runs this rank's steps; raises `EngineDeadError` before `start` and after `close`."""
         if self._runner is None:
             raise EngineDeadError(f"Rank {self._rank} is not running: it was never started, or it was closed.")
-        return self._runner.launch(batch)
+        return self._runner
 
     def close(self) -> None:
         """Leave the group and give the memory back."""

@@ -98,7 +98,7 @@ def bench_serve(
         timeout=timeout,
         service_level=ServiceLevel(ttft_ms=slo_ttft_ms, tpot_ms=slo_tpot_ms, e2e_ms=slo_e2e_ms),
     )
-    report = benchmark.run()
+    report, losses = benchmark.run()
     loop = f"closed loop of {concurrency}" if concurrency else "open loop"
     heading = f"{target.model} at {target.request_url}\n{planned.description}; {loop}\n"
     result = {
@@ -107,8 +107,10 @@ def bench_serve(
         "workload": planned.description,
         "loop": loop,
         "seed": seed,
+        "loss_waterfall": None if losses is None else losses.to_json(),
     }
-    write_result(result | report.to_json(), f"{heading}\n{report.table()}", json_file)
+    tables = [heading, report.table(), "" if losses is None else f"\n{losses.table()}"]
+    write_result(result | report.to_json(), "\n".join(tables).rstrip(), json_file)
     if report.num_ok == 0:
         raise typer.Exit(1)
 

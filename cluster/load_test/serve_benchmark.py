@@ -17,7 +17,8 @@ from cluster.load_test.load_generator import LoadGenerator
 from cluster.load_test.load_prompts import LoadPrompts, TokenPrompts, WordPrompts
 from cluster.load_test.load_target import Endpoint, LoadTarget
 from cluster.load_test.request_outcome import RequestOutcome
-from engine import ConfigError, PlannedRequest, SyntheticPrompts, Workload
+from cluster.load_test.served_losses import losses_between, read_replicas
+from engine import ConfigError, LossWaterfall, PlannedRequest, SyntheticPrompts, Workload
 
 PROBE_SEED_OFFSET = 1_000_003  # the probe must not put a measured prompt into the prefix cache
 PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS = 64, 4
@@ -35,11 +36,14 @@ class ServeBenchmark:
     timeout: float
     service_level: ServiceLevel
 
-    def run(self) -> LatencyReport:
-        """Probe, measure, report; raises `ConfigError` when the probe fails. Control-C reports what there is."""
+    def run(self) -> tuple[LatencyReport, LossWaterfall | None]:
+        """Probe, measure, report; raises `ConfigError` when the probe fails. Control-C reports what there is.
+
+        The waterfall is of the servers during the test, None where they export none.
+        """
         return uvloop.run(self._run())
 
-    async def _run(self) -> LatencyReport:
+    async def _run(self) -> tuple[LatencyReport, LossWaterfall | None]:
         prompts = await self._probed_prompts()
         with tqdm(total=len(self.workload.requests), unit="req", desc="answered", disable=None) as bar:
             num_failed = 0
@@ -52,16 +56,19 @@ class ServeBenchmark:
                 bar.update()
 
             generator = self._generator(self.workload, prompts, self.concurrency, finished)
+            before = await read_replicas(self.target.url)
             wall, processor = time.perf_counter(), time.process_time()
             outcomes = await generator.run()
             busy = (time.process_time() - processor) / (time.perf_counter() - wall)
-        return LatencyReport.of(
+            losses = losses_between(before, await read_replicas(self.target.url))
+        report = LatencyReport.of(
             outcomes,
             num_planned=len(self.workload.requests),
             offered_rate=None if self.concurrency else self.workload.offered_rate,
             client_busy=busy,
             service_level=self.service_level,
         )
+        return report, losses
 
     async def _probed_prompts(self) -> LoadPrompts:
         """Send one small request; the prompts of the test, which for words rest on what it costs in tokens."""

@@ -54,7 +54,7 @@ def fit_law(samples: Sequence[LawSample], depends_on_context: bool) -> CostLaw:
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """Seconds over an amount of work, through points of ascending work."""
+    """Seconds over an amount of work, through points of ascending work; more work takes no less time."""
 
     points: tuple[float, ...]
     values: tuple[float, ...]
@@ -65,7 +65,7 @@ class _Curve:
         for point, value in pairs:
             at_point.setdefault(point, []).append(value)
         points = sorted(at_point)
-        return cls(tuple(points), tuple(sum(at_point[point]) / len(at_point[point]) for point in points))
+        return cls(tuple(points), _ascending([sum(at_point[point]) / len(at_point[point]) for point in points]))
 
     def at(self, point: float) -> float:
         if point <= 0:
@@ -73,6 +73,18 @@ class _Curve:
         if len(self.points) == 1:
             return self.values[0] * point / self.points[0]
         return _along(self.points, self.values, point)
+
+
+def _ascending(values: Sequence[float]) -> tuple[float, ...]:
+    """Neighbours that fall, which is noise, are both replaced by their mean (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, others = pools.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        pools.append((mean, count))
+    return tuple(mean for mean, count in pools for _ in range(count))
 
 
 def _along(points: Sequence[float], values: Sequence[float], point: float) -> float:

@@ -7,20 +7,22 @@ from engine.pipeline.ordering import PeriodicOrder
 from engine.pipeline.schedule import Schedule
 
 
-def schedule_of(instance: Instance, order: PeriodicOrder) -> Schedule:
+def schedule_of(instance: Instance, order: PeriodicOrder, *, divides_units: bool) -> Schedule:
     """The order as a schedule that begins with the first nano-operation of a layer."""
     periods = _periods(instance, order)
     times = [start + order.period * count for start, count in zip(order.starts, periods, strict=True)]
     origin = min(times[index] for index in instance.first)
     places = [divmod(time - origin, order.period) for time in times]
+    in_order = sorted(range(len(places)), key=lambda index: places[index][1])
+    starts = tuple(instance.operations[index].lane for index in in_order) if divides_units else ()
     lanes = {
         lane: tuple(
             instance.operations[index].step(order.modes[index].share, places[index][0])
-            for index in sorted(mine, key=lambda index: places[index][1])
+            for index in sorted(mine, key=in_order.index)
         )
         for lane, mine in instance.lanes.items()
     }
-    return Schedule(instance.cut, lanes)
+    return Schedule(instance.cut, lanes, starts)
 
 
 def _periods(instance: Instance, order: PeriodicOrder) -> Sequence[int]:

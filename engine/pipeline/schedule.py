@@ -11,9 +11,12 @@ The text form is exact, `Schedule.parse(str(schedule)) == schedule`:
     nano-batches: 480+288 800+480
     compute: qkv_proj[0:768] o_proj[768:2048]*7 down_proj[768:2048]@1
     network: all_reduce[0:768]*2
+    starts: CCNC
 
 `480+288` is a nano-batch of 480 decodes and 288 prefill tokens; `[0:768]` is a range of positions in the order of the
-cut; `*7` is a share of seven tenths of the execution units (all ten where it is left out), `@1` a delay of one period.
+cut; `*7` is a share of seven tenths of the execution units (all ten where it is left out), `@1` a delay of one period. `starts`, where it is given, is the order in
+which steps of all lanes may start in a period, by the first letters of their lanes: shares that fit together as planned
+may not fit if one that is ready early goes first.
 """
 
 import re
@@ -26,6 +29,7 @@ from engine.pipeline.nano_batch import Cut, NanoBatch
 
 ALL_UNITS = 10
 _CUT_KEY = "nano-batches"
+_STARTS_KEY = "starts"
 _NANO_BATCH = re.compile(r"(\d+)\+(\d+)")
 _STEP = re.compile(r"(?P<node>\w+)\[(?P<start>\d+):(?P<stop>\d+)\](?:\*(?P<share>\d+))?(?:@(?P<delay>\d+))?")
 
@@ -40,6 +44,9 @@ class Lane(StrEnum):
     COMPUTE = "compute"
     MEMORY = "memory"
     NETWORK = "network"
+
+
+_LETTERS = {lane: lane[0].upper() for lane in Lane}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +66,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One period: the cut, and the steps of each lane in order."""
+    """One period: the cut, the steps of each lane in order, and the lanes in the order of their starts (or nothing)."""
 
     cut: Cut
     lanes: Mapping[Lane, tuple[Step, ...]]
+    starts: tuple[Lane, ...] = ()
 
     def __hash__(self) -> int:
         # Like equality, without regard to the order of the lanes.
@@ -72,6 +80,8 @@ class Schedule:
         sizes = (f"{nano_batch.num_decodes}+{nano_batch.num_prefills}" for nano_batch in self.cut.nano_batches)
         lines = [f"{_CUT_KEY}: {' '.join(sizes)}"]
         lines += [f"{lane}: {' '.join(map(str, steps))}" for lane, steps in self.lanes.items()]
+        if self.starts:
+            lines.append(f"{_STARTS_KEY}: {''.join(_LETTERS[lane] for lane in self.starts)}")
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -79,24 +89,30 @@ class Schedule:
         """Read the text form; raises `ScheduleError` that names the line and what is wrong with it."""
         cut: Cut | None = None
         lanes: dict[Lane, tuple[Step, ...]] = {}
+        starts: tuple[Lane, ...] = ()
         for number, line in enumerate(text.splitlines(), 1):
             content = line.partition("#")[0].strip()
             if not content:
                 continue
             key, colon, rest = (part.strip() for part in content.partition(":"))
-            if not colon or key not in (_CUT_KEY, *Lane):
+            if not colon or key not in (_CUT_KEY, _STARTS_KEY, *Lane):
                 raise ScheduleError(
-                    f"line {number}: expected '{_CUT_KEY}:' or a lane ({', '.join(Lane)}), not {line!r}."
+                    f"line {number}: expected '{_CUT_KEY}:', '{_STARTS_KEY}:' or a lane ({', '.join(Lane)}), "
+                    f"not {line!r}."
                 )
             if key == _CUT_KEY and cut is None:
                 cut = _parse_cut(rest, number)
-            elif key != _CUT_KEY and Lane(key) not in lanes:
+            elif key == _STARTS_KEY and not starts:
+                starts = _parse_starts(rest, number)
+            elif key not in (_CUT_KEY, _STARTS_KEY) and Lane(key) not in lanes:
                 lanes[Lane(key)] = tuple(_parse_step(word, number) for word in rest.split())
             else:
                 raise ScheduleError(f"line {number}: {key!r} appears a second time.")
         if cut is None:
             raise ScheduleError(f"the line '{_CUT_KEY}: decodes+prefills ...' is missing.")
-        return cls(cut, lanes)
+        if starts and any(starts.count(lane) != len(lanes.get(lane, ())) for lane in Lane):
+            raise ScheduleError(f"'{_STARTS_KEY}:' must have one letter for every step of every lane.")
+        return cls(cut, lanes, starts)
 
     @property
     def steps(self) -> Iterator[tuple[Lane, Step]]:
@@ -110,16 +126,19 @@ class Schedule:
     def scaled(self, num_decodes: int, num_prefills: int) -> "Schedule":
         """The same plan for a batch of other sizes that it `fits`; steps that lose all their tokens disappear."""
         cut = self.cut.scaled(num_decodes, num_prefills)
-        lanes = {
-            lane: tuple(
-                replace(step, start=start, stop=stop)
+        scaled = {
+            lane: [
+                replace(
+                    step, start=self.cut.position_in(cut, step.start), stop=self.cut.position_in(cut, step.stop)
+                )
                 for step in steps
-                for start, stop in [(self.cut.position_in(cut, step.start), self.cut.position_in(cut, step.stop))]
-                if stop > start
-            )
+            ]
             for lane, steps in self.lanes.items()
         }
-        return Schedule(cut, lanes)
+        queues = {lane: iter(steps) for lane, steps in scaled.items()}
+        starts = tuple(lane for lane in self.starts for step in [next(queues[lane])] if step.stop > step.start)
+        lanes = {lane: tuple(step for step in steps if step.stop > step.start) for lane, steps in scaled.items()}
+        return Schedule(cut, lanes, starts)
 
 
 def _parse_cut(text: str, number: int) -> Cut:
@@ -127,6 +146,14 @@ def _parse_cut(text: str, number: int) -> Cut:
     if not matches or None in matches:
         raise ScheduleError(f"line {number}: nano-batches are written decodes+prefills, such as 480+288, not {text!r}.")
     return Cut(tuple(NanoBatch(int(match[1]), int(match[2])) for match in matches if match is not None))
+
+
+def _parse_starts(text: str, number: int) -> tuple[Lane, ...]:
+    lanes = {letter: lane for lane, letter in _LETTERS.items()}
+    unknown = sorted(set(text) - set(lanes))
+    if unknown or not text:
+        raise ScheduleError(f"line {number}: the starts are written as letters {''.join(lanes)}, not {text!r}.")
+    return tuple(lanes[letter] for letter in text)
 
 
 def _parse_step(word: str, number: int) -> Step:

@@ -1,7 +1,7 @@
 """`Simulator`: runs a schedule on paper: what a step takes if every nano-operation takes what the cost model says.
 
 A step starts when its lane has finished the one before and all that it waits for has run; where lanes divide the
-execution units, it also waits until its share is free. While it runs, its speed is what the cost model gives it beside
+execution units, it also waits until its share is free, and for the steps that the schedule starts before it. While it runs, its speed is what the cost model gives it beside
 what runs on the other lanes at that moment. No plan is judged by anything else before it is measured.
 """
 
@@ -95,21 +95,25 @@ class Simulator:
         ]  # of step i in layer l at l * size + i
         queues = [self._queue(steps, num_layers) for steps in self._lanes.values()]
         heads = [0] * len(queues)
+        turns = self._turns(num_layers)
         running: dict[int, list[float]] = {}  # lane -> [step and layer, start, seconds left alone]
-        waiting: list[tuple[float, int]] = []  # lanes whose head waits for units, in the order of its becoming ready
+        waiting: list[int] = []  # lanes whose head waits for units or for its turn, in the order of becoming ready
         idle = list(range(len(queues)))
         now, free, found = 0.0, ALL_UNITS, list[Run]()
         while True:
             for lane in tuple(idle):
                 if heads[lane] < len(queues[lane]) and not missing[queues[lane][heads[lane]]]:
                     idle.remove(lane)
-                    waiting.append((now, lane))
+                    waiting.append(lane)
             while waiting:
-                share = self._shares[queues[waiting[0][1]][heads[waiting[0][1]]] % size]
-                if share > free:
+                lane = turns[-1] if turns else waiting[0]
+                if lane not in waiting or self._shares[queues[lane][heads[lane]] % size] > free:
                     break
-                _, lane = waiting.pop(0)
+                waiting.remove(lane)
+                if turns:
+                    turns.pop()
                 task = queues[lane][heads[lane]]
+                share = self._shares[task % size]
                 running[lane] = [task, now, self._seconds[task % size]]
                 free -= share
             if not running:
@@ -146,6 +150,22 @@ class Simulator:
             for step in steps
             if 0 <= period - self._steps[step].delay < num_layers
         ]
+
+    def _turns(self, num_layers: int) -> list[int]:
+        """The lanes in the order in which they start their steps, last first; empty where units are not divided."""
+        if not self.schedule.starts or not self._costs.shares_units:
+            return []
+        queues = {lane: iter(steps) for lane, steps in self._lanes.items()}
+        lanes = list(self._lanes)
+        period = [(lanes.index(lane), self._steps[next(queues[lane])].delay) for lane in self.schedule.starts]
+        last_delay = max(delay for _, delay in period)
+        turns = [
+            lane
+            for number in range(num_layers + last_delay)
+            for lane, delay in period
+            if 0 <= number - delay < num_layers
+        ]
+        return turns[::-1]
 
     def _speeds_of(self, steps: tuple[int, ...]) -> list[float]:
         """Of steps that run together, each one's speed."""

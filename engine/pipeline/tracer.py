@@ -162,7 +162,7 @@ def _join(
     operations: Mapping[str, Operation | None],
     home: dict[str, str],
 ) -> None:
-    """Move a call, and what it was given before, to the node of `anchor` if that computes all tokens on a usual lane."""
+    """Move a call, with what joined it, to the node of `anchor` if that computes all tokens on a usual lane."""
     found = operations[anchor]
     if found is None or found.resource is Resource.NETWORK or found.tokens is not TokenKind.ALL:
         return

@@ -1,0 +1,125 @@
+"""`Trial`: runs schedules for real, on synthetic batches, and tells how long each takes.
+
+All ranks run the same schedules in the same order; a run takes as long as on the slowest rank. Repetitions go round
+the schedules, so that a disturbance hits all alike, and a schedule counts with its median.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from engine.batch_shape import BatchShape
+from engine.config import EngineConfig
+from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.schedule import Schedule
+from engine.pipeline.stopwatch import Stopwatch
+from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.step_inputs import StepInputs
+from engine.tensor_parallel import TensorParallel
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A schedule, and whether its collectives overlap with computing."""
+
+    schedule: Schedule
+    overlaps: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Medians over the rounds, of the layers of one step: seconds from start to end on the slowest rank, and of this
+    rank its computing, its waiting for the network, the time in which collectives flew and the CPU time they took.
+    """
+
+    seconds: float
+    compute_seconds: float
+    exposed_network_seconds: float
+    network_seconds: float
+    network_cpu_seconds: float
+    num_rounds: int
+
+
+class Trial:
+    """The layers of one rank's model, to be run by any schedule."""
+
+    def __init__(self, config: EngineConfig, pipeline: Pipeline, tensor_parallel: TensorParallel) -> None:
+        self._config = config
+        self._pipeline = pipeline
+        self._tensor_parallel = tensor_parallel
+        self._device = torch.device(config.device.value)
+
+    @torch.inference_mode()
+    def run(self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float) -> list[Timing]:
+        """Time every contestant on a batch of `shape`, for about so many seconds in all."""
+        contexts = shape.num_decodes * shape.decode_context + shape.num_prefills + shape.prefill_context
+        cache = synthetic_cache(self._config, int(contexts) + self._config.max_model_len, self._device)
+        step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
+        rounds: list[list[_Sample]] = [[] for _ in contestants]
+        started = Stopwatch.now()
+        num_rounds = -1  # the first round warms up
+        while num_rounds < MIN_ROUNDS or (
+            num_rounds < MAX_ROUNDS and self._slowest(Stopwatch.now() - started) < seconds
+        ):
+            for samples, contestant in zip(rounds, contestants, strict=True):
+                sample = self._sample(contestant, step)
+                if num_rounds >= 0:
+                    samples.append(sample)
+            num_rounds += 1
+        return [self._timing(samples) for samples in rounds]
+
+    def _sample(self, contestant: Contestant, step: StepInputs) -> "_Sample":
+        self._slowest(0.0)  # ranks begin together
+        lanes = HostLanes(overlaps=contestant.overlaps)
+        stopwatch = Stopwatch()
+        cpu = time.process_time() - time.thread_time()
+        started = Stopwatch.now()
+        self._pipeline.run(step, contestant.schedule, lanes, stopwatch)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = Stopwatch.now() - started
+        times = stopwatch.times()
+        return _Sample(
+            self._slowest(seconds),
+            seconds - times.exposed_network_seconds,
+            times.exposed_network_seconds,
+            times.network_seconds,
+            time.process_time() - time.thread_time() - cpu,
+        )
+
+    def _timing(self, samples: Sequence["_Sample"]) -> Timing:
+        medians = [statistics.median(column) for column in zip(*samples, strict=True)]
+        return Timing(
+            seconds=medians[0],
+            compute_seconds=medians[1],
+            exposed_network_seconds=medians[2],
+            network_seconds=medians[3],
+            network_cpu_seconds=medians[4],
+            num_rounds=len(samples),
+        )
+
+    def _slowest(self, seconds: float) -> float:
+        """The largest of the ranks' values."""
+        if self._tensor_parallel.size == 1:
+            return seconds
+        largest = torch.tensor(seconds, dtype=torch.float64, device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._tensor_parallel.group)
+        return largest.item()
+
+
+class _Sample(NamedTuple):
+    """One run; the fields of `Timing`."""
+
+    seconds: float
+    compute: float
+    exposed_network: float
+    network: float
+    network_cpu: float
