@@ -41,6 +41,9 @@ class EngineConfig:
     `cache_bytes` bytes, or, where that is None, `cache_fraction` of the memory that is free once the weights are
     loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the machine's cores
     divided by the ranks of this group).
+
+    Where no plans are stored for this setup, a group that can overlap spends `plan_seconds` at its start to measure,
+    plan and try; 0 uses stored plans only.
     """
 
     model: ModelConfig
@@ -58,6 +61,7 @@ class EngineConfig:
     prefix_caching: bool = True
     num_threads: int | None = None
     pipeline: PipelineMode = PipelineMode.OVERLAP
+    plan_seconds: float = 45.0
 
     def __post_init__(self) -> None:
         positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")
@@ -68,6 +72,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {value}.")
+        if not 0 <= self.plan_seconds < float("inf"):
+            raise ConfigError(f"plan_seconds must be 0 or more, but is {self.plan_seconds}.")
         if not 0 < self.cache_fraction <= 1:
             raise ConfigError(f"cache_fraction must be in (0, 1], but is {self.cache_fraction}.")
         if self.max_sequences > self.max_batch_tokens:

@@ -58,7 +58,7 @@ class LossTotals:
 
 
 class LossLedger:
-    """Starts without requests at `now`. Every total only ever grows; times passed in must not decrease.
+    """Starts without requests at `now`. Every total only ever grows; `now` is a monotonic clock's.
 
     Totals may be read from another thread than the engine's, as a metrics endpoint does.
     """
@@ -154,8 +154,8 @@ class LossLedger:
 
     def _seconds_to(self, now: float) -> float:
         """The time since the last event; `now` is the last event from here on."""
-        seconds = now - self._booked_until
-        self._booked_until = now
+        seconds = max(0.0, now - self._booked_until)  # another thread may have read its clock before the last event
+        self._booked_until += seconds
         return seconds
 
     def _charge(self, loss: Loss, seconds: float) -> None:

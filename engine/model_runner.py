@@ -19,6 +19,7 @@ from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.sampler import Drawn, sample
 from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
@@ -34,15 +35,17 @@ class ModelRunner:
         self,
         config: EngineConfig,
         model: Decoder,
+        pipeline: Pipeline,
         kv_cache: KVCache,
         device: torch.device,
+        plans: PlanSet | None = None,
         *,
         returns_logprobs: bool = True,
     ) -> None:
         self._model = model
-        self.pipeline = Pipeline(model, config.model.hidden_size)
+        self.pipeline = pipeline
         self._lanes = HostLanes(overlaps=config.pipeline is PipelineMode.OVERLAP)
-        self.plans = PlanChoice(self.pipeline.sequential)
+        self.plans = PlanChoice(pipeline.sequential, plans)
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs

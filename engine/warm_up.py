@@ -13,12 +13,13 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.model_runner import ModelRunner
 from engine.models.decoder import Decoder
+from engine.pipeline.pipeline import Pipeline
 from engine.request import SamplingParams
 
 _CPU_TOKENS = 8
 
 
-def warm_up(config: EngineConfig, model: Decoder, device: torch.device) -> None:
+def warm_up(config: EngineConfig, model: Decoder, pipeline: Pipeline, device: torch.device) -> None:
     """Run a prefill of the dense batch and a decode of every row, then forget both."""
     num_tokens = config.max_batch_tokens if device.type == "cuda" else min(_CPU_TOKENS, config.max_batch_tokens)
     counts = _chunk_sizes(num_tokens, config.max_model_len, config.max_sequences)
@@ -29,7 +30,7 @@ def warm_up(config: EngineConfig, model: Decoder, device: torch.device) -> None:
     )
     num_blocks = max(num_decodes, int(sum(-(-counts // config.block_size))))
     cache = KVCache.allocate(config, num_blocks, device)
-    runner = ModelRunner(config, model, cache, device)
+    runner = ModelRunner(config, model, pipeline, cache, device)
     for number, (starts, sizes, decodes) in enumerate(steps):
         runner.launch(_batch(number, starts, sizes, decodes, config.block_size)).wait()
 

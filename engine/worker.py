@@ -4,6 +4,7 @@ It owns the process group, the device, the model, the cache and the runner of it
 sequences; whoever hosts it (a process, an actor) calls everything from one thread.
 """
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -22,10 +23,14 @@ from engine.memory_budget import available_host_bytes, num_affordable_blocks
 from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.pending_step import PendingStep
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
 from engine.weight_layout import rank_weight_bytes
 from engine.weights import load_weights
+
+_log = logging.getLogger(__name__)
 
 # Ranks may be started minutes apart on a busy cluster and read their weights at different speeds.
 GROUP_TIMEOUT_SECONDS = 600.0
@@ -67,10 +72,13 @@ class Worker:
         load_weights(model, config, tensor_parallel, progress)
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        warm_up(config, model, device)
+        pipeline = Pipeline(model, config.model.hidden_size)
+        warm_up(config, model, pipeline, device)
+        selector = Selector(config, pipeline, tensor_parallel, progress=self._tell)
+        plans = selector.select(effort_at_start(config))
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
-        self._runner = ModelRunner(config, model, cache, device, returns_logprobs=self._rank == 0)
+        self._runner = ModelRunner(config, model, pipeline, cache, device, plans, returns_logprobs=self._rank == 0)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
@@ -96,6 +104,10 @@ class Worker:
         if self._owns_group:
             self._owns_group = False
             dist.destroy_process_group()
+
+    def _tell(self, text: str) -> None:
+        if self._rank == 0:
+            _log.info("pipeline: %s", text)
 
     def _select_device(self) -> torch.device:
         """Make this rank's device the current one and set the number of CPU threads of this process."""

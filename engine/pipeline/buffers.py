@@ -20,14 +20,14 @@ _MAX_ROUNDS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPlan:
-    """For every value and for `LAYER_INPUT`: row r begins at byte offsets[value] + r * widths[value] * element_bytes.
+    """For every value and for `LAYER_INPUT`, where its copies begin; layers take them in turn (mostly there is one).
 
-    The first layer's input is written to `LAYER_INPUT`, where the last one's output lies in the end. A value of
-    `in_place` is written over the one that it maps to. `widths` count elements of a token; all else is in bytes.
-    A plan holds for the very schedule that it was made for, not for scaled ones.
+    What goes into the first layer is written to `LAYER_INPUT` of layer 0, and what comes out is found in the graph's
+    output of the last layer. A value of `in_place` is written over the one that it maps to. `widths` count elements
+    of a token; all else is in bytes. A plan holds for the very schedule that it was made for, not for scaled ones.
     """
 
-    offsets: Mapping[str, int]
+    offsets: Mapping[str, tuple[int, ...]]
     widths: Mapping[str, int]
     in_place: Mapping[str, str]
     element_bytes: int
@@ -41,9 +41,10 @@ class BufferPlan:
         widths = (width for value, width in self.widths.items() if value != LAYER_INPUT)
         return sum(widths) * self.num_tokens * self.element_bytes
 
-    def address(self, value: str, row: int) -> int:
-        """The byte of the arena where a row begins."""
-        return self.offsets[value] + row * self.widths[value] * self.element_bytes
+    def address(self, value: str, layer: int, row: int = 0) -> int:
+        """The byte of the arena where a row of the value begins in this layer."""
+        copies = self.offsets[value]
+        return copies[layer % len(copies)] + row * self.widths[value] * self.element_bytes
 
 
 def plan_buffers(
@@ -69,17 +70,22 @@ def plan_buffers(
     owners = _owners(graph, widths, {**joined, **in_place})
     lifetimes = find_lifetimes(schedule, graph, owners, in_place, num_layers)
     row_bytes = {owner: widths[owner] * element_bytes for owner in owners.values()}
-    sizes = {owner: size * schedule.cut.num_tokens for owner, size in row_bytes.items()}
-    offsets = _best_offsets(sizes, _forbidden(lifetimes, row_bytes))
-    owner_of = {**owners, LAYER_INPUT: owners[graph.output]}
+    sizes = {
+        (lifetime.owner, lifetime.copy): row_bytes[lifetime.owner] * schedule.cut.num_tokens for lifetime in lifetimes
+    }
+    places = _best_offsets(sizes, _forbidden(lifetimes, row_bytes))
+    offsets = {
+        value: tuple(places[place] for place in sorted(places) if place[0] == owner) for value, owner in owners.items()
+    }
+    output = offsets[graph.output]
     return BufferPlan(
-        offsets={value: offsets[owner] for value, owner in owner_of.items()},
-        widths={value: widths[owner] for value, owner in owner_of.items()},
+        offsets={**offsets, LAYER_INPUT: (output[-1], *output[:-1])},  # the output of the layer before
+        widths={**{value: widths[value] for value in owners}, LAYER_INPUT: widths[graph.output]},
         in_place=dict(in_place),
         element_bytes=element_bytes,
         num_tokens=schedule.cut.num_tokens,
         num_layers=num_layers,
-        num_bytes=_end(offsets, sizes),
+        num_bytes=_end(places, sizes),
     )
 
 
@@ -96,29 +102,30 @@ def _owners(graph: OperationGraph, widths: Mapping[str, int], shared: Mapping[st
     return owners
 
 
-# (owner, owner) -> the open intervals in which the second's offset minus the first's must not lie.
-_Forbidden = Mapping[tuple[str, str], Sequence[tuple[int, int]]]
+_Place = tuple[str, int]  # an owner and one of its copies
+# For two places, the open intervals in which the second's offset minus the first's must not lie.
+_Forbidden = Mapping[tuple[_Place, _Place], Sequence[tuple[int, int]]]
 
 
 def _forbidden(lifetimes: Sequence[Lifetime], row_bytes: Mapping[str, int]) -> _Forbidden:
     """Where two places must not lie towards each other: rows that may be live together would share a byte."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    found: dict[tuple[_Place, _Place], list[tuple[int, int]]] = {}
     for first, second in combinations(lifetimes, 2):
-        if first.owner == second.owner:  # other rows of one place
+        one, other = (first.owner, first.copy), (second.owner, second.copy)
+        if one == other:  # other rows of the same place
             continue
-        one, other = row_bytes[first.owner], row_bytes[second.owner]
-        low, high = first.start * one - second.stop * other, first.stop * one - second.start * other
-        pair = (first.owner, second.owner)
-        if any(begin <= low and high <= end for begin, end in found.get(pair, [])) or not first.meets(second):
+        mine, others = row_bytes[first.owner], row_bytes[second.owner]
+        low, high = first.start * mine - second.stop * others, first.stop * mine - second.start * others
+        if any(begin <= low and high <= end for begin, end in found.get((one, other), [])) or not first.meets(second):
             continue
-        found.setdefault(pair, []).append((low, high))
-        found.setdefault((second.owner, first.owner), []).append((-high, -low))
+        found.setdefault((one, other), []).append((low, high))
+        found.setdefault((other, one), []).append((-high, -low))
     return found
 
 
-def _best_offsets(sizes: Mapping[str, int], forbidden: _Forbidden) -> dict[str, int]:
+def _best_offsets(sizes: Mapping[_Place, int], forbidden: _Forbidden) -> dict[_Place, int]:
     """First fit, largest first; then swap two in that order for as long as this makes the arena smaller."""
-    order = sorted(sizes, key=lambda owner: -sizes[owner])
+    order = sorted(sizes, key=lambda place: -sizes[place])
     best = _first_fit(order, forbidden)
     for _ in range(_MAX_ROUNDS):
         before = _end(best, sizes)
@@ -133,22 +140,22 @@ def _best_offsets(sizes: Mapping[str, int], forbidden: _Forbidden) -> dict[str, 
     return best
 
 
-def _first_fit(order: Sequence[str], forbidden: _Forbidden) -> dict[str, int]:
+def _first_fit(order: Sequence[_Place], forbidden: _Forbidden) -> dict[_Place, int]:
     """One after the other at the lowest offset that those before it leave free."""
-    offsets: dict[str, int] = {}
-    for owner in order:
+    offsets: dict[_Place, int] = {}
+    for place in order:
         taken = sorted(
             (begin + offset, end + offset)
             for other, offset in offsets.items()
-            for begin, end in forbidden.get((other, owner), ())
+            for begin, end in forbidden.get((other, place), ())
         )
-        place = 0
+        offset = 0
         for begin, end in taken:
-            if begin < place < end:
-                place = -(-end // ALIGNMENT) * ALIGNMENT
-        offsets[owner] = place
+            if begin < offset < end:
+                offset = -(-end // ALIGNMENT) * ALIGNMENT
+        offsets[place] = offset
     return offsets
 
 
-def _end(offsets: Mapping[str, int], sizes: Mapping[str, int]) -> int:
-    return max((offset + sizes[owner] for owner, offset in offsets.items()), default=0)
+def _end(offsets: Mapping[_Place, int], sizes: Mapping[_Place, int]) -> int:
+    return max((offset + sizes[place] for place, offset in offsets.items()), default=0)

@@ -54,7 +54,7 @@ class Instance:
         lanes: Collection[Lane],
     ) -> "Instance":
         """Price the nano-operations of a partition and derive what each waits for."""
-        by_lane: dict[Lane, list[NodeRange]] = {lane: [] for lane in Lane if lane in lanes}
+        by_lane: dict[Lane, list[NodeRange]] = {lane: [] for lane in Lane}
         for placed in partition.ranges(graph, lanes):
             by_lane[lane_of(placed.node, lanes)].append(placed)
         operations = tuple(

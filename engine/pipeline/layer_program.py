@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from engine.operation import CacheUse, Operation, Resource, TokenKind
 from engine.pipeline.graph import Node, OperationGraph
-from engine.pipeline.tracer import TracedLayer
 from engine.pipeline.stopwatch import Cost
+from engine.pipeline.tracer import TracedLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@
 durations. It is kept as one bit set per step of all layers, in the order of `dispatch_order`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,9 +32,10 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """Rows `start` to `stop` in the place of value `owner`, and their lives layer after layer."""
+    """Rows `start` to `stop` in copy `copy` of the place of value `owner`, and their lives layer after layer."""
 
     owner: str
+    copy: int
     start: int
     stop: int
     lives: tuple[Life, ...]
@@ -56,28 +57,60 @@ class _Access:
     is_write: bool
 
 
+def run_length(num_layers: int, schedule: Schedule) -> int:
+    """Layers of a run that shows whatever can happen in one of `num_layers`, even or odd as that is.
+
+    With delays up to d, two lives d + 1 layers apart meet if any further apart do, and the steps that put them in
+    order are within 3 d + 3 layers. One layer more, and the run has a beginning, a middle and an end.
+    """
+    enough = 3 * max((step.delay for _, step in schedule.steps), default=0) + 4
+    return num_layers if num_layers <= enough else enough + (num_layers - enough) % 2
+
+
 def find_lifetimes(
     schedule: Schedule, graph: OperationGraph, owners: Mapping[str, str], in_place: Mapping[str, str], num_layers: int
 ) -> list[Lifetime]:
     """The lifetimes of all values, where value v lies in the place of owners[v].
 
-    Raises `ScheduleError` where rows would be written while an earlier content of their own place is still needed.
+    A place has one copy if all that is read in a layer has been read when the next one writes, else two for layers to
+    take in turn. Raises `ScheduleError` where even that is not safe, or where a value in the place of its input is
+    written while that is still needed.
     """
-    # With delays up to d, two lives d + 1 layers apart meet if any further apart do, and the steps that put them in
-    # order are within 3 d + 3 layers. One layer more, and the run has a beginning, a middle and an end.
-    delay = max((step.delay for _, step in schedule.steps), default=0)
-    run = _Run(schedule, graph, min(num_layers, 3 * delay + 4))
+    run = _Run(schedule, graph, run_length(num_layers, schedule))
     depths = {value: _depth(value, in_place) for value in owners}
     found: list[Lifetime] = []
     for owner in dict.fromkeys(owners.values()):
         accesses = [access for value in owners if owners[value] == owner for access in run.accesses(value)]
         borders = sorted({border for access in accesses for border in (access.start, access.stop)})
+        pieces: dict[tuple[int, int], dict[int, Life]] = {}
         for start, stop in pairwise(borders):
             here = [access for access in accesses if access.start <= start and stop <= access.stop]
             writes = sorted((access for access in here if access.is_write), key=lambda write: depths[write.value])
             if writes:
-                found.append(run.lifetime(owner, start, stop, writes, here))
+                pieces[start, stop] = run.lives(writes, here)
+        num_copies = _num_copies(owner, pieces.values())
+        found += [
+            Lifetime(owner, copy, *rows, tuple(life for layer, life in lives.items() if layer % num_copies == copy))
+            for rows, lives in pieces.items()
+            for copy in range(num_copies)
+        ]
     return found
+
+
+def _num_copies(owner: str, pieces: Iterable[Mapping[int, Life]]) -> int:
+    """How many layers later the same rows can be written again."""
+    for distance in (1, 2):
+        if all(
+            life.is_before(lives[layer + distance])
+            for lives in pieces
+            for layer, life in lives.items()
+            if layer + distance in lives
+        ):
+            return distance
+    raise ScheduleError(
+        f"nothing makes a later layer's write to {owner} wait for this one's readers: all that reads {owner} must lead"
+        f" to the layer's output."
+    )
 
 
 def _depth(value: str, in_place: Mapping[str, str]) -> int:
@@ -109,42 +142,31 @@ class _Run:
                 if value == self._graph.output and LAYER_INPUT in node.inputs:
                     yield _Access(value, index, start, stop, 1, False)
 
-    def lifetime(
-        self, owner: str, start: int, stop: int, writes: Sequence[_Access], here: Sequence[_Access]
-    ) -> Lifetime:
-        """The lives of rows that are written by `writes`, in this order, and read by those `here` that read them."""
+    def lives(self, writes: Sequence[_Access], here: Sequence[_Access]) -> dict[int, Life]:
+        """By layer, the lives of rows that `writes` write in this order, and that those `here` read who read them."""
         written = {write.value for write in writes}
         accesses = [access for access in here if access.value in written]
-        rows = f"rows {start} to {stop} of {owner}"
-        for layer in range(self._num_layers):
-            for earlier, later in pairwise(writes):
-                over = self._life([access for access in accesses if access.value == earlier.value], layer, later.step)
-                if not over.followers >> self._places[later.step, layer] & 1:
+        for earlier, later in pairwise(writes):
+            before = [access for access in accesses if access.value == earlier.value and access.step != later.step]
+            for layer in range(self._num_layers):
+                if not self._life(before, layer).followers >> self._places[later.step, layer] & 1:
                     raise ScheduleError(
-                        f"{self._steps[later.step]} would overwrite {rows} while {earlier.value} may be needed:"
+                        f"{self._steps[later.step]} would write over {earlier.value} while that may be needed:"
                         f" {later.value} must have a buffer of its own."
                     )
-        is_output = self._graph.output in written
-        lives = [Life(None, self._life(accesses, -1).followers)] if is_output else []
-        lives += [self._life(accesses, layer) for layer in range(self._num_layers)]
-        lives += [Life(lives.pop().first, 0)] if is_output else []
-        for before, after in pairwise(lives):
-            if not before.is_before(after):
-                raise ScheduleError(
-                    f"{self._steps[writes[0].step]} may overwrite {rows} while a step of the layer before still needs"
-                    f" them: nothing makes it wait, so what reads {owner} must lead to the layer's output."
-                )
-        return Lifetime(owner, start, stop, tuple(lives))
+        lives = {layer: self._life(accesses, layer) for layer in range(self._num_layers)}
+        if self._graph.output in written:  # what comes before the first layer writes it, what comes last reads it
+            last = self._num_layers - 1
+            lives = {-1: Life(None, self._life(accesses, -1).followers), **lives, last: Life(lives[last].first, 0)}
+        return lives
 
-    def _life(self, accesses: Sequence[_Access], layer: int, without: int | None = None) -> Life:
-        """The life that these accesses make in a layer, leaving out one step."""
+    def _life(self, accesses: Sequence[_Access], layer: int) -> Life:
+        """The life that these accesses make in a layer."""
+        found = (self._places.get((access.step, layer + access.lag)) for access in accesses)
+        places = [place for place in found if place is not None]
         followers = -1
-        places = []
-        for access in accesses:
-            place = self._places.get((access.step, layer + access.lag))
-            if place is not None and access.step != without:
-                followers &= self._after[place]
-                places.append(place)
+        for place in places:
+            followers &= self._after[place]
         return Life(min(places, default=None), followers)
 
 

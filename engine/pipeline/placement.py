@@ -11,13 +11,13 @@ CPU_LANES = (Lane.COMPUTE, Lane.NETWORK)
 
 
 def lane_of(node: Node, device_lanes: Collection[Lane]) -> Lane:
-    """The lane named like the node's resource where the device has it, else the compute lane.
+    """The lane named like the node's resource where the device has it, else the compute lane; collectives always fly.
 
     A memory-bound node gets the memory lane only for the cache that it reads: what is left (an addition that closes a
     layer) is so short that waiting for another lane would cost more than it takes.
     """
     match node.resource:
-        case Resource.NETWORK if Lane.NETWORK in device_lanes:
+        case Resource.NETWORK:
             return Lane.NETWORK
         case Resource.MEMORY if Lane.MEMORY in device_lanes and node.cache_reads:
             return Lane.MEMORY

@@ -1,23 +1,21 @@
 """`PlanChoice`: which schedule a batch runs by, from the batch alone, so that every rank picks the same."""
 
-from collections.abc import Callable
-
+from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.schedule import Schedule
 
 SEQUENTIAL = "sequential"
-Lookup = Callable[[int, int], tuple[str, Schedule] | None]
 
 
 class PlanChoice:
-    """The schedules of one model; `lookup(num_decodes, num_prefills)` names one, or none for a batch without a plan."""
+    """The schedules of one model: those of `plans`, and the sequential one for every batch without a plan."""
 
-    def __init__(self, sequential: Schedule, lookup: Lookup = lambda num_decodes, num_prefills: None) -> None:
+    def __init__(self, sequential: Schedule, plans: PlanSet | None = None) -> None:
         self._sequential = sequential
-        self._lookup = lookup
+        self._plans = plans
 
     def of(self, num_decodes: int, num_prefills: int) -> tuple[str, Schedule]:
-        """Name and schedule for a batch of so many tokens of each kind; a schedule that it does not fit is not used."""
-        found = self._lookup(num_decodes, num_prefills)
-        if found is None or not found[1].fits(num_decodes, num_prefills):
+        """Name and schedule for a batch of so many tokens of each kind."""
+        plan = None if self._plans is None else self._plans.lookup(num_decodes, num_prefills)
+        if plan is None or plan.schedule is None or not plan.schedule.fits(num_decodes, num_prefills):
             return SEQUENTIAL, self._sequential
-        return found
+        return f"{plan.num_decodes}+{plan.num_prefills}", plan.schedule

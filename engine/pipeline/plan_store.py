@@ -63,7 +63,7 @@ class PlanStore:
                 return Found(plans, f"plans of {path}")
         for path in [*sorted(own.parent.glob("*.json")), *self._shipped_files("*.json")]:
             stored = _fingerprint(path)
-            if stored is not None:
+            if stored is not None and differences(stored, fingerprint):
                 others.append(stored)
         if not others:
             return Found(None, "no plans are stored yet")

@@ -128,9 +128,7 @@ class Schedule:
         cut = self.cut.scaled(num_decodes, num_prefills)
         scaled = {
             lane: [
-                replace(
-                    step, start=self.cut.position_in(cut, step.start), stop=self.cut.position_in(cut, step.stop)
-                )
+                replace(step, start=self.cut.position_in(cut, step.start), stop=self.cut.position_in(cut, step.stop))
                 for step in steps
             ]
             for lane, steps in self.lanes.items()

@@ -1,7 +1,7 @@
 """`Sharing`: how fast nodes can run beside each other, asked of a cost model once per set of nodes."""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import combinations, product
 
 from engine.pipeline.cost_model import CostModel, Mode
 from engine.pipeline.graph import Node
@@ -11,13 +11,15 @@ _EPSILON = 1e-9
 
 
 class Sharing:
-    """`is_separable` stays True while no speed asked for depended on more than the node's own share."""
+    """`is_separable`: no speed depends on more than the node's own share, for any two of `nodes`."""
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, nodes: Sequence[Node]) -> None:
         self.costs = costs
         self.is_separable = True
         self._modes: dict[str, tuple[Mode, ...]] = {}
         self._teams: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+        for pair in combinations(nodes, 2):
+            self.speeds(pair)
 
     def modes(self, node: Node) -> tuple[Mode, ...]:
         """The shares of a node, ascending, without those that are no faster than a smaller one."""

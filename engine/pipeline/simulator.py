@@ -13,7 +13,7 @@ from engine.pipeline.cost_model import CostModel
 from engine.pipeline.dependencies import Dependencies
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.instance import part_of
-from engine.pipeline.schedule import ALL_UNITS, Lane, Schedule, ScheduleError
+from engine.pipeline.schedule import ALL_UNITS, Schedule, ScheduleError
 from engine.pipeline.timeline import Timeline, TimelineEvent
 
 _PERIOD_LAYERS = 36

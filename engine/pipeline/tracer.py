@@ -59,7 +59,7 @@ def _num_computed(node: Node, shape: BatchShape) -> float:
 
 class _OperationTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(module, Operation)
+        return isinstance(module, Operation) or super().is_leaf_module(module, module_qualified_name)
 
 
 def trace_layer(layer: nn.Module, hidden_size: int) -> TracedLayer:

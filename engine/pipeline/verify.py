@@ -30,6 +30,8 @@ def verify(schedule: Schedule, graph: OperationGraph) -> None:
     for producer, consumer, lag in _dependency_pairs(dependencies):
         _verify_pair(graph, producer, consumer, lag)
     _verify_no_circle(dependencies)
+    if schedule.starts:
+        _verify_starts(schedule, dependencies)
 
 
 def verify_group(schedules: Sequence[Schedule], graph: OperationGraph) -> None:
@@ -163,3 +165,19 @@ def _verify_no_circle(dependencies: Dependencies) -> None:
     circle = [dependencies.steps[index] for index in path[path.index(path[-1]) :]]
     names = ", which waits for ".join(f"{placed.step} on lane {placed.lane}" for placed in circle)
     raise ScheduleError(f"deadlock, a cycle between lanes: {names}: order the lanes so that one of these can begin.")
+
+
+def _verify_starts(schedule: Schedule, dependencies: Dependencies) -> None:
+    """The order of starts has every step, and none before one that it waits for in the same period."""
+    indices = {lane: [placed.index for placed in dependencies.steps if placed.lane is lane] for lane in Lane}
+    if any(schedule.starts.count(lane) != len(indices[lane]) for lane in Lane):
+        raise ScheduleError("the order of starts must name a lane once for every step that the lane has.")
+    queues = {lane: iter(mine) for lane, mine in indices.items()}
+    place = {next(queues[lane]): count for count, lane in enumerate(schedule.starts)}
+    for producer, consumer, lag in _dependency_pairs(dependencies):
+        is_same_period = producer.step.delay == consumer.step.delay + lag
+        if is_same_period and place[producer.index] > place[consumer.index]:
+            raise ScheduleError(
+                f"the order of starts has {consumer.step} before {producer.step}, whose result it needs: it must come"
+                f" after."
+            )

@@ -12,11 +12,12 @@ from itertools import pairwise
 from engine.pipeline.buffers import BufferPlan
 from engine.pipeline.dependencies import Dependencies, PlacedStep, kind_ranges
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
+from engine.pipeline.lifetimes import run_length
 from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 
 _BEFORE_ALL = (-1, -1)
 _AFTER_ALL = (-2, -2)
-_Instance = tuple[int, int]  # (step, layer), or one of the two above: the model before and after the layers
+_Instance = tuple[int, int]  # (step, layer), or one of the two above: what comes before and after the layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,11 @@ class _Write:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A reader of rows that `producer` wrote; either may be outside the layers."""
+    """A reader of rows that `producer` wrote in `layer`; either may be outside the layers."""
 
     producer: _Instance
     reader: _Instance
+    layer: int
     value: str
     start: int
     stop: int
@@ -45,29 +47,36 @@ def verify_buffers(plan: BufferPlan, schedule: Schedule, graph: OperationGraph) 
             f"the buffers are planned for {plan.num_tokens} tokens and the schedule has {schedule.cut.num_tokens}:"
             f" plan them for this schedule."
         )
-    if plan.offsets[LAYER_INPUT] != plan.offsets[graph.output]:
-        raise ScheduleError(f"{LAYER_INPUT} must lie where {graph.output} does, which is the next layer's input.")
-    for value in plan.offsets:
-        if plan.offsets[value] < 0 or plan.address(value, plan.num_tokens) > plan.num_bytes:
-            raise ScheduleError(f"the buffer of {value} does not lie within the arena of {plan.num_bytes} bytes.")
+    _verify_places(plan, graph)
     dependencies = Dependencies.of(schedule, graph)
-    delay = max((step.delay for _, step in schedule.steps), default=0)
-    num_layers = min(plan.num_layers, 3 * delay + 4)
+    num_layers = run_length(plan.num_layers, schedule)
     run = _Order(dependencies, num_layers)
     writes = list(_writes(dependencies, schedule, graph))
     for read in _reads(dependencies.steps, writes, schedule, graph, num_layers):
-        begin, end = plan.address(read.value, read.start), plan.address(read.value, read.stop)
         for write in writes:
-            if plan.address(write.value, write.start) < end and begin < plan.address(write.value, write.stop):
-                _verify_write(plan, run, read, write, num_layers, dependencies.steps)
+            _verify_write(plan, run, read, write, num_layers, dependencies.steps)
+
+
+def _verify_places(plan: BufferPlan, graph: OperationGraph) -> None:
+    for layer in range(2):
+        if plan.address(LAYER_INPUT, layer) != plan.address(graph.output, layer - 1):
+            raise ScheduleError(f"{LAYER_INPUT} must lie where {graph.output} of the layer before does.")
+        for value in plan.offsets:
+            if plan.address(value, layer) < 0 or plan.address(value, layer, plan.num_tokens) > plan.num_bytes:
+                raise ScheduleError(f"the buffer of {value} does not lie within the arena of {plan.num_bytes} bytes.")
 
 
 def _verify_write(
     plan: BufferPlan, run: "_Order", read: _Read, write: _Write, num_layers: int, steps: tuple[PlacedStep, ...]
 ) -> None:
     """In no layer does this write come between the read's producer and its reader."""
+    begin, end = (plan.address(read.value, read.layer, row) for row in (read.start, read.stop))
     for layer in range(num_layers):
         writer = (write.step, layer)
+        if plan.address(write.value, layer, write.stop) <= begin or end <= plan.address(
+            write.value, layer, write.start
+        ):
+            continue
         if writer == read.producer and write.value == read.value:
             continue
         if writer == read.reader and _is_in_place(plan, read, write):
@@ -110,10 +119,11 @@ def _reads(
                 for lag in lags if start < stop else []:
                     for layer in range(num_layers):
                         producer = (write.step, layer - lag) if layer >= lag else _BEFORE_ALL
-                        yield _Read(producer, (placed.index, layer), write.value, start, stop)
+                        yield _Read(producer, (placed.index, layer), layer - lag, write.value, start, stop)
     for write in writes:
         if write.value == graph.output:
-            yield _Read((write.step, num_layers - 1), _AFTER_ALL, write.value, write.start, write.stop)
+            last = num_layers - 1
+            yield _Read((write.step, last), _AFTER_ALL, last, write.value, write.start, write.stop)
 
 
 class _Order:

@@ -1,7 +1,7 @@
 """Metrics: every name once, well-formed, and read from the engine at scrape time."""
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from urllib.request import urlopen
 
 from prometheus_client import CollectorRegistry
@@ -9,19 +9,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import (
     ENGINE_METRICS,
+    OPTIMUM_METRICS,
     PREFIX,
     EngineCollector,
     IngressMetrics,
     MetricsEndpoint,
     RouterCollector,
 )
-from engine import EngineStats
+from engine import EngineStats, Loss, LossWaterfall
 
 
 def test_names_follow_the_conventions() -> None:
-    names = [metric.name for metric in ENGINE_METRICS]
-    assert len(set(names)) == len(names)
-    for metric in ENGINE_METRICS:
+    metrics = (*ENGINE_METRICS, *OPTIMUM_METRICS)
+    assert len({metric.name for metric in metrics}) == len(metrics)
+    for metric in metrics:
         assert re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", metric.name)
         assert metric.name.endswith("_total") == metric.is_counter
         assert metric.help.endswith(".")
@@ -29,11 +30,48 @@ def test_names_follow_the_conventions() -> None:
 
 def test_every_field_of_the_stats_is_exported() -> None:
     """A distinct value per field must be seen again: nothing is forgotten, nothing is read from the wrong field."""
-    numbers = [field.name for field in fields(EngineStats) if field.name != "num_finished"]
-    stats = EngineStats(**{name: 1000 + index for index, name in enumerate(numbers)}, num_finished={"stop": 7})
-    exported = {metric.read(stats) for metric in ENGINE_METRICS}
-    missing = [name for name in numbers if getattr(stats, name) not in exported]
-    assert missing == []
+    numbers = {
+        field.name: 1000.0 + index
+        for index, field in enumerate(fields(EngineStats))
+        if field.default_factory is MISSING
+    }
+    stats = EngineStats(**numbers)  # type: ignore[arg-type]
+    exported = {metric.read(stats) for metric in (*ENGINE_METRICS, *OPTIMUM_METRICS)}
+    assert [name for name, value in numbers.items() if value not in exported] == []
+
+
+def collected(stats: EngineStats, recent: LossWaterfall | None = None) -> dict[str, dict[str, float]]:
+    """By name and the sample's own label; "" where it has none."""
+    collector = EngineCollector(lambda: (stats, 1.0), model="m", replica="r1", recent=lambda: recent)
+    found: dict[str, dict[str, float]] = {}
+    for family in collector.collect():
+        for sample in family.samples:
+            own = [value for name, value in sample.labels.items() if name not in ("model", "replica")]
+            found.setdefault(sample.name.removeprefix(PREFIX), {})["".join(own)] = sample.value
+    return found
+
+
+def test_losses_plans_and_the_percent_of_the_optimum_are_exported() -> None:
+    stats = EngineStats(
+        num_steps_by_plan={"sequential": 3, "split-2": 5},
+        hidden_network_seconds=1.5,
+        accounted_seconds=10.0,
+        ideal_seconds=4.0,
+        loss_seconds={Loss.CPU_GAP: 2.0, Loss.EXPOSED_NETWORK: 4.0},
+        optimal_tokens_per_second=70.0,
+    )
+    found = collected(stats, LossWaterfall.between(EngineStats(), stats))
+    assert found["plan_steps_total"] == {"sequential": 3, "split-2": 5}
+    assert found["loss_seconds_total"] == {"cpu_gap": 2, "exposed_network": 4}
+    assert found["overlap_saved_seconds_total"] == {"": 1.5}
+    assert (found["ideal_seconds_total"], found["accounted_seconds_total"]) == ({"": 4}, {"": 10})
+    assert (found["percent_of_optimal"], found["optimal_tokens_per_second"]) == ({"": 40}, {"": 70})
+
+
+def test_an_unknown_optimum_is_missing_and_not_zero() -> None:
+    found = collected(EngineStats(num_steps=5))
+    assert not {"percent_of_optimal", "optimal_tokens_per_second", "ideal_seconds_total"} & found.keys()
+    assert "loss_seconds_total" not in found and found["engine_steps_total"] == {"": 5}
 
 
 def test_a_scrape_over_http_reads_the_engine_as_it_is() -> None:

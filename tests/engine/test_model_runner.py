@@ -16,6 +16,7 @@ from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
+from engine.pipeline.pipeline import Pipeline
 from engine.random_checkpoint import sized_config
 from engine.request import SamplingParams
 from engine.sampler import sample
@@ -75,7 +76,9 @@ def model(device: torch.device) -> Decoder:
 
 
 def make_runner(model: Decoder, device: torch.device) -> ModelRunner:
-    return ModelRunner(CONFIG, model, KVCache.allocate(CONFIG, NUM_BLOCKS, device), device)
+    return ModelRunner(
+        CONFIG, model, Pipeline(model, CONFIG.model.hidden_size), KVCache.allocate(CONFIG, NUM_BLOCKS, device), device
+    )
 
 
 @pytest.fixture
@@ -200,7 +203,7 @@ def test_preempted_sequence_goes_on_in_another_row(
 def test_block_updates_move_a_row(model: Decoder, device: torch.device, alone: list[list[int]]) -> None:
     """A table entry that changes between steps is used by the next one, and by that row alone."""
     cache = KVCache.allocate(CONFIG, NUM_BLOCKS, device)
-    runner = ModelRunner(CONFIG, model, cache, device)
+    runner = ModelRunner(CONFIG, model, Pipeline(model, CONFIG.model.hidden_size), cache, device)
     script = BatchScript(NUM_BLOCKS // 2, CONFIG.block_size)
     script.admit(0, PROMPTS[0], SAMPLINGS[0])
     first = script.step(prefills=[(0, len(PROMPTS[0]))])
@@ -243,7 +246,11 @@ def test_logprobs_stand_at_the_rows_that_asked(
     assert none.top == () and none.logprob == two.top[0][1] and int(output.token_ids[2]) == two.top[0][0]
     assert int(output.token_ids[1]) == alone[3][0]
     cache = KVCache.allocate(CONFIG, NUM_BLOCKS, device)
-    silent = ModelRunner(CONFIG, model, cache, device, returns_logprobs=False).launch(batch).wait()
+    silent = (
+        ModelRunner(CONFIG, model, Pipeline(model, CONFIG.model.hidden_size), cache, device, returns_logprobs=False)
+        .launch(batch)
+        .wait()
+    )
     assert silent.logprobs is None
     assert silent.token_ids.tolist() == output.token_ids.tolist()
 

@@ -30,6 +30,7 @@ class FakeServer:
     tokens_per_chunk: int = 1
     has_usage: bool = True
     url: str = ""
+    replica_metrics: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
@@ -39,6 +40,7 @@ class FakeServer:
     def app(self) -> Starlette:
         routes = [
             Route("/v1/models", self._models),
+            Route("/metrics/targets", self._metrics_targets),
             Route("/v1/completions", self._generate, methods=["POST"]),
             Route("/v1/chat/completions", self._generate, methods=["POST"]),
         ]
@@ -46,6 +48,12 @@ class FakeServer:
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "fake-model", "object": "model"}]})
+
+    async def _metrics_targets(self, request: Request) -> Response:
+        """What a nanoserve ingress lists; another server has no such path."""
+        targets = [{"targets": [it], "labels": {"nanoserve_process": "replica"}} for it in self.replica_metrics]
+        ingress = {"targets": ["127.0.0.1:1"], "labels": {"nanoserve_process": "ingress"}}
+        return JSONResponse([ingress, *targets]) if targets else Response(status_code=404)
 
     async def _generate(self, request: Request) -> Response:
         self.arrivals.append(time.perf_counter())

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner, Result
 
 from cluster.load_test.bench_serve import bench_serve
-from engine import ConfigError
+from cluster.metrics import EngineCollector, MetricsEndpoint
+from engine import ConfigError, EngineStats, Loss
 from engine.random_tokenizer import write_tokenizer
 from tests.cluster.load_test.fake_openai_server import FakeServer, serving
 
@@ -107,3 +109,42 @@ def test_a_failing_probe_says_why(server: FakeServer) -> None:
     assert isinstance(outcome.exception, ConfigError)
     assert "HTTP 429" in str(outcome.exception)
     assert "too busy" in str(outcome.exception)
+
+
+def test_the_servers_losses_are_read_before_and_after(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas: the second is twice as fast and loses nothing; the third begins to be known in between."""
+    reads = {"slow": 0, "fast": 0, "new": 0}
+
+    def stats(name: str) -> EngineStats:
+        reads[name] += 1
+        now = 100.0 * reads[name]
+        loss = 0.75 * now if name == "slow" else 0.0
+        return EngineStats(
+            accounted_seconds=now,
+            ideal_seconds=now - loss,
+            loss_seconds=dict.fromkeys(Loss, 0.0) | {Loss.EXPOSED_NETWORK: loss},
+            optimal_tokens_per_second=(
+                None if name == "new" and reads[name] == 1 else {"slow": 100.0, "fast": 200.0, "new": 1.0}[name]
+            ),
+        )
+
+    endpoints = []
+    for name in reads:
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(lambda name=name: (stats(name), 1.0), model="m", replica=name))  # type: ignore[misc]
+        endpoints.append(MetricsEndpoint(registry, "127.0.0.1"))
+    monkeypatch.setattr(server, "replica_metrics", [endpoint.address for endpoint in endpoints])
+    outcome = bench(server, "--concurrency 1 --num-requests 1 --input-len 6 --output-len 2 --json -")
+    table = bench(server, "--concurrency 1 --num-requests 1 --input-len 6 --output-len 2")
+    for endpoint in endpoints:
+        endpoint.close()
+    losses = json.loads(outcome.stdout)["loss_waterfall"]
+    assert losses["optimal_tokens_per_second"] == 300
+    assert losses["percent_of_optimal"] == pytest.approx(100 * (25 + 200) / 300)
+    assert losses["loss_percent"]["exposed_network"] == pytest.approx(25)
+    assert "exposed network" in table.output
+
+
+def test_a_server_without_loss_counters_is_measured_all_the_same(server: FakeServer) -> None:
+    outcome = bench(server, "--concurrency 1 --num-requests 1 --input-len 6 --output-len 2 --json -")
+    assert json.loads(outcome.stdout)["loss_waterfall"] is None

@@ -1,13 +1,13 @@
-"""Random schedules that are right, the ways to break them, and the graphs to try both on. Imported by tests.
+"""Random schedules that are right, and graphs to draw them for. Imported by tests.
 
 A schedule is drawn in the way that makes it right: tokens are dealt, each node is cut on its own, delays are lowered
 until no step needs the future, and the lanes share out one order that respects every dependency.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.model_config import Architecture
 from engine.models import build_model
 from engine.operation import Resource, TokenKind
-from engine.pipeline.dependencies import Dependencies, PlacedStep, has_tokens
+from engine.pipeline.dependencies import Dependencies, has_tokens
 from engine.pipeline.graph import LAYER_INPUT, Call, Node, OperationGraph
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.schedule import Lane, Schedule, Step
@@ -92,7 +92,7 @@ def schedules(draw: st.DrawFn, graph: OperationGraph, max_tokens: int = 24, *, i
     """A schedule that passes `verify`: any cut, other ranges for every node, delays up to `in_delays`, 2 or 3 lanes."""
     cut = draw(cuts(max_tokens))
     ranges = [step for item in _ways(draw, graph, cut) for step in _ranges(draw, cut, *item)]
-    steps = list(dict.fromkeys(ranges))
+    steps: Sequence[Step] = list(dict.fromkeys(ranges))
     shares = draw(st.booleans())
     if shares:
         steps = [replace(step, share=draw(st.integers(1, 10))) for step in steps]
@@ -105,7 +105,9 @@ def schedules(draw: st.DrawFn, graph: OperationGraph, max_tokens: int = 24, *, i
             lanes[Lane.NETWORK].append(step)
         else:
             lanes[Lane.MEMORY if has_memory_lane and draw(st.booleans()) else Lane.COMPUTE].append(step)
-    return Schedule(cut, {lane: tuple(steps) for lane, steps in lanes.items()})
+    lane_of = {step: lane for lane, steps in lanes.items() for step in steps}
+    starts = tuple(lane_of[step] for step in order) if draw(st.booleans()) else ()
+    return Schedule(cut, {lane: tuple(steps) for lane, steps in lanes.items()}, starts)
 
 
 @st.composite
@@ -183,172 +185,13 @@ def _period_order(draw: st.DrawFn, graph: OperationGraph, cut: Cut, steps: Seque
     waiting = dict.fromkeys(priorities)
     order = []
     while waiting:
-        ready = next(index for index in waiting if not _needs(dependencies, index) & waiting.keys())
+        ready = next(index for index in waiting if not needs(dependencies, index) & waiting.keys())
         del waiting[ready]
         order.append(steps[ready])
     return order
 
 
-def _needs(dependencies: Dependencies, index: int) -> set[int]:
+def needs(dependencies: Dependencies, index: int) -> set[int]:
     """What a step waits for in its own period."""
     delays = [placed.step.delay for placed in dependencies.steps]
     return {producer for producer, lag in dependencies.waits[index] if delays[producer] == delays[index] + lag}
-
-
-@dataclass(frozen=True, slots=True)
-class Mutation:
-    """A way to break a schedule: `apply` returns None where it has nothing to break; `error` matches the message."""
-
-    name: str
-    apply: Callable[[Schedule, OperationGraph], Schedule | None]
-    error: str
-
-
-def _change(schedule: Schedule, placed: PlacedStep, *steps: Step) -> Schedule:
-    """The schedule with some steps in place of one."""
-    before = sum(len(others) for lane, others in schedule.lanes.items() if _is_before(schedule, lane, placed.lane))
-    place = placed.index - before
-    lane = schedule.lanes[placed.lane]
-    return Schedule(schedule.cut, {**schedule.lanes, placed.lane: (*lane[:place], *steps, *lane[place + 1 :])})
-
-
-def _is_before(schedule: Schedule, lane: Lane, other: Lane) -> bool:
-    lanes = list(schedule.lanes)
-    return lanes.index(lane) < lanes.index(other)
-
-
-def _busy(schedule: Schedule, graph: OperationGraph) -> Iterable[PlacedStep]:
-    """The steps that have tokens to compute."""
-    for placed in Dependencies.of(schedule, graph).steps:
-        step = placed.step
-        if has_tokens(schedule.cut, step.start, step.stop, graph.by_name[step.node].tokens):
-            yield placed
-
-
-def _missing(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    return _change(schedule, next(iter(_busy(schedule, graph))))
-
-
-def _doubled(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    placed = list(_busy(schedule, graph))[-1]
-    return _change(schedule, placed, placed.step, placed.step)
-
-
-def _overlapping_ranges(schedule: Schedule, graph: OperationGraph) -> Schedule | None:
-    for placed in _busy(schedule, graph):
-        step, tokens = placed.step, graph.by_name[placed.step.node].tokens
-        if step.stop < schedule.cut.num_tokens and has_tokens(schedule.cut, step.stop, step.stop + 1, tokens):
-            return _change(schedule, placed, replace(step, stop=step.stop + 1))
-    return None
-
-
-def _unknown_node(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    placed = next(iter(_busy(schedule, graph)))
-    return _change(schedule, placed, replace(placed.step, node="no_such_node"))
-
-
-def _outside_the_batch(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    placed = next(iter(_busy(schedule, graph)))
-    return _change(schedule, placed, replace(placed.step, stop=schedule.cut.num_tokens + 1))
-
-
-def _wrong_share(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    placed = next(iter(_busy(schedule, graph)))
-    return _change(schedule, placed, replace(placed.step, share=11))
-
-
-def _wrong_lane(schedule: Schedule, graph: OperationGraph) -> Schedule:
-    placed = next(iter(_busy(schedule, graph)))
-    to = Lane.COMPUTE if placed.lane is Lane.NETWORK else Lane.NETWORK
-    without = _change(schedule, placed)
-    return Schedule(schedule.cut, {**without.lanes, to: (*without.lanes.get(to, ()), placed.step)})
-
-
-def _needs_the_future(schedule: Schedule, graph: OperationGraph) -> Schedule | None:
-    dependencies = Dependencies.of(schedule, graph)
-    for consumer, waits in enumerate(dependencies.waits):
-        for producer, lag in waits:
-            if producer != consumer:
-                late = dependencies.steps[consumer].step.delay + lag + 1
-                placed = dependencies.steps[producer]
-                return _change(schedule, placed, replace(placed.step, delay=late))
-    return None
-
-
-def _swapped(schedule: Schedule, first: PlacedStep, second: PlacedStep) -> Schedule:
-    """The two steps, of one lane, each in the other's place."""
-    return _change(_change(schedule, first, second.step), second, first.step)
-
-
-def _same_lane_pairs(schedule: Schedule, graph: OperationGraph) -> Iterable[tuple[PlacedStep, PlacedStep]]:
-    """Producers and consumers that share a lane and a period."""
-    dependencies = Dependencies.of(schedule, graph)
-    for consumer in dependencies.steps:
-        for producer in sorted(_needs(dependencies, consumer.index)):
-            if dependencies.steps[producer].lane is consumer.lane:
-                yield dependencies.steps[producer], consumer
-
-
-def _broken_dependency(schedule: Schedule, graph: OperationGraph) -> Schedule | None:
-    pair = next(iter(_same_lane_pairs(schedule, graph)), None)
-    return None if pair is None else _swapped(schedule, *pair)
-
-
-def _read_before_write(schedule: Schedule, graph: OperationGraph) -> Schedule | None:
-    """A chunk's attention before the KV write of an earlier range, with all other dependencies as they should be."""
-    dependencies = Dependencies.of(schedule, graph)
-    for producer, consumer in _same_lane_pairs(schedule, graph):
-        writer, reader = graph.by_name[producer.step.node], graph.by_name[consumer.step.node]
-        if writer.cache_writes and reader.cache_reads and producer.step.stop <= consumer.step.start:
-            late = {producer.index}
-            between = range(producer.index, consumer.index)
-            for index in between:
-                if _needs(dependencies, index) & late:
-                    late.add(index)
-            if _needs(dependencies, consumer.index) & late == {producer.index}:
-                steps = [placed.step for placed in dependencies.steps]
-                moved = [steps[index] for index in between if index not in late]
-                moved += [consumer.step, *(steps[index] for index in sorted(late))]
-                lane = [placed.step for placed in dependencies.steps if placed.lane is consumer.lane]
-                place = lane.index(producer.step)
-                lane[place : place + len(moved)] = moved
-                return Schedule(schedule.cut, {**schedule.lanes, consumer.lane: tuple(lane)})
-    return None
-
-
-def _cycle(schedule: Schedule, graph: OperationGraph) -> Schedule | None:
-    """Two collectives that depend on each other through compute alone, in the wrong order."""
-    dependencies = Dependencies.of(schedule, graph)
-    network = [placed for placed in dependencies.steps if placed.lane is Lane.NETWORK]
-    for first, second in combinations(network, 2):
-        reached = {second.index}
-        while more := {needed for index in reached for needed in _needs(dependencies, index)} - reached:
-            reached |= more
-        swapped = _swapped(schedule, first, second)
-        in_order = all(producer.index < consumer.index for producer, consumer in _same_lane_pairs(swapped, graph))
-        if first.index in reached and in_order:
-            return swapped
-    return None
-
-
-# What `verify` must reject. Crossed collectives and overlapping buffers need more than one schedule to show: see the
-# tests of `verify_group` and `verify_buffers`.
-MUTATIONS = (
-    Mutation("missing step", _missing, r"missing step: .*"),
-    Mutation("doubled step", _doubled, r"doubled step: "),
-    Mutation("overlap of ranges", _overlapping_ranges, r"doubled step: |belong to different branches"),
-    Mutation("unknown node", _unknown_node, r"unknown node; the layer has "),
-    Mutation("range outside the batch", _outside_the_batch, r"lie within the batch"),
-    Mutation("share of eleven tenths", _wrong_share, r"a share is 1 to 10"),
-    Mutation("wrong lane", _wrong_lane, r"is on the wrong lane"),
-    Mutation("needs the future", _needs_the_future, r"would be in a later period: give it a delay of at least"),
-    Mutation("broken dependency", _broken_dependency, r"broken dependency on lane .* must come after it"),
-    Mutation("KV read before write", _read_before_write, r"broken dependency on lane .* reads the KV cache written by"),
-    Mutation("cycle between lanes", _cycle, r"a cycle between lanes: "),
-)
-
-
-def broken_schedules(schedule: Schedule, graph: OperationGraph) -> dict[Mutation, Schedule]:
-    """Every mutation of the schedule that has something to break in it."""
-    broken = {mutation: mutation.apply(schedule, graph) for mutation in MUTATIONS}
-    return {mutation: mutant for mutation, mutant in broken.items() if mutant is not None}

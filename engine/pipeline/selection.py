@@ -1,0 +1,233 @@
+"""Selection: the plans that a rank serves by, each measured to be faster than running one operation after the other.
+
+Stored plans of the same fingerprint are used as they are. Without any, the group profiles its layer, rank 0 plans for
+the largest batches first, every rank runs the best few candidates and the sequential schedule for real, and what wins
+by a margin is kept and stored. Where the prediction leaves nothing to win, nothing is run. All ranks end with the same.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch_shape import BatchShape
+from engine.config import DeviceKind, EngineConfig, PipelineMode
+from engine.errors import ConfigError
+from engine.operation import Resource
+from engine.pipeline.bucket import Bucket, DecodeShare, ladder
+from engine.pipeline.fingerprint import fingerprint_of
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.placement import CPU_LANES
+from engine.pipeline.plan_set import Plan as SelectedPlan
+from engine.pipeline.plan_set import PlanSet
+from engine.pipeline.plan_store import PlanStore
+from engine.pipeline.profile import MeasuredCosts, Profile
+from engine.pipeline.profiler import QUICK, ProfileGrid, Profiler
+from engine.pipeline.rank_agreement import RankAgreement
+from engine.pipeline.schedule import Schedule, ScheduleError
+from engine.pipeline.stopwatch import Stopwatch
+from engine.pipeline.trial import Contestant, Trial
+from engine.tensor_parallel import TensorParallel
+
+_log = logging.getLogger(__name__)
+
+# A plan must be predicted to save this part of a step to be tried, and measured to save it to be kept.
+LEAST_PREDICTED_GAIN = 0.02
+LEAST_MEASURED_GAIN = 0.02
+_NUM_CANDIDATES = 3
+_PLANNING_SHARE = 0.4
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much time a selection takes: to profile (`grid`), and to plan and to try each bucket of batches.
+
+    No bucket is begun after `total_seconds`; batches of those left out run sequentially.
+    """
+
+    grid: ProfileGrid
+    seconds_per_bucket: float
+    total_seconds: float
+
+
+def effort_at_start(config: EngineConfig) -> Effort | None:
+    """What `config` allows before the first request is served."""
+    return (
+        Effort(grid=QUICK, seconds_per_bucket=4.0, total_seconds=config.plan_seconds) if config.plan_seconds else None
+    )
+
+
+class Selector:
+    """One rank's part in choosing plans; every rank of the group makes one and calls `select` with the others."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pipeline: Pipeline,
+        tensor_parallel: TensorParallel,
+        store: PlanStore | None = None,
+        progress: Progress = lambda text: None,
+    ) -> None:
+        self._config = config
+        self._pipeline = pipeline
+        self._tensor_parallel = tensor_parallel
+        self._device = torch.device(config.device.value)
+        self._ranks = RankAgreement(tensor_parallel, self._device)
+        self._store = store or PlanStore()
+        self._progress = progress
+        self._fingerprint = fingerprint_of(config, pipeline.graph.signature, tensor_parallel)
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether this device has two lanes for the layer; else there is nothing to choose between."""
+        return any(node.resource is Resource.NETWORK for node in self._pipeline.graph.nodes)
+
+    def select(self, effort: Effort | None) -> PlanSet | None:
+        """The plans to serve by; None runs everything sequentially. Without `effort` only stored plans are used."""
+        if self._config.pipeline is PipelineMode.SEQUENTIAL or not self.can_overlap:
+            return None
+        stored = self.stored()
+        if stored is not None or effort is None or self._config.device is DeviceKind.CUDA:
+            return stored
+        profile = self.profile(effort.grid)
+        return self.plan(profile, effort)
+
+    def stored(self) -> PlanSet | None:
+        """The stored plans of this fingerprint, if they are there and can be used."""
+        text = ""
+        if self._ranks.is_first:
+            found = self._store.find(self._fingerprint)
+            self._progress(found.reason)
+            text = "" if found.plans is None else str(found.plans)
+        text = self._ranks.text_of_first(text)
+        if not text:
+            return None
+        plans = PlanSet.parse(text)
+        try:
+            for plan in plans.plans:
+                if plan.schedule is not None:
+                    self._pipeline.check(plan.schedule)
+        except ScheduleError as error:
+            _log.warning("Stored plans cannot be used and are made anew: %s", error)
+            return None
+        return plans
+
+    def profile(self, grid: ProfileGrid) -> Profile:
+        """Measure the layer on all ranks."""
+        self._progress(f"measuring the operations of a layer ({grid.name} profile)")
+        profiler = Profiler(
+            self._pipeline.traced, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
+        )
+        return profiler.profile(self._store.profile_path(self._fingerprint) if self._ranks.is_first else None)
+
+    def plan(self, profile: Profile, effort: Effort) -> PlanSet:
+        """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something."""
+        costs = MeasuredCosts(profile, self._pipeline.graph)
+        trial = Trial(self._config, self._pipeline, self._tensor_parallel)
+        started = Stopwatch.now()
+        kept: list[SelectedPlan] = []
+        for num_tokens in reversed(ladder(self._config.max_batch_tokens)):
+            gains = False
+            for bucket in self._buckets(num_tokens):
+                if self._ranks.largest([Stopwatch.now() - started])[0] > effort.total_seconds:
+                    return self._saved(profile, kept)
+                selected = self._select(bucket, costs, trial, effort.seconds_per_bucket)
+                kept.append(selected)
+                gains |= selected.schedule is not None
+            if not gains:
+                break
+        return self._saved(profile, kept)
+
+    def _buckets(self, num_tokens: int) -> Iterator[Bucket]:
+        """The buckets of so many tokens that can occur, the most frequent kind first."""
+        for share in sorted(DecodeShare, key=_FREQUENCY.index):
+            bucket = Bucket(num_tokens, share)
+            if bucket.batch(self._config.max_sequences) is not None:
+                yield bucket
+
+    def _select(self, bucket: Bucket, costs: MeasuredCosts, trial: Trial, seconds: float) -> SelectedPlan:
+        """The fastest of sequential and the best candidates, run for real where the prediction promises a gain."""
+        batch = bucket.batch(self._config.max_sequences)
+        assert batch is not None
+        context = self._config.max_model_len / 4
+        shape = BatchShape(
+            num_decodes=batch[0], num_prefills=batch[1], decode_context=context, prefill_context=context / 2
+        )
+        predicted, candidates = self._candidates(shape, costs, seconds * _PLANNING_SHARE)
+        sequential, *tried = trial.run(
+            [Contestant(self._pipeline.sequential, False), *(Contestant(plan, True) for plan, _ in candidates)],
+            shape,
+            seconds * (1 - _PLANNING_SHARE) if candidates else 0.0,
+        )
+        best = min(range(len(tried)), key=lambda index: tried[index].seconds, default=None)
+        wins = best is not None and tried[best].seconds <= (1 - LEAST_MEASURED_GAIN) * sequential.seconds
+        fastest = tried[best].seconds if best is not None and wins else sequential.seconds
+        self._progress(
+            f"{bucket}: sequential {1e3 * sequential.seconds:.1f} ms (predicted {1e3 * predicted:.1f}), "
+            + (f"best plan {1e3 * tried[best].seconds:.1f} ms" if best is not None else "no plan promises more")
+        )
+        return SelectedPlan(
+            num_decodes=batch[0],
+            num_prefills=batch[1],
+            schedule=candidates[best][0] if best is not None and wins else None,
+            sequential_seconds=sequential.seconds,
+            plan_seconds=fastest,
+            predicted_seconds=candidates[best][1] if best is not None and wins else predicted,
+        )
+
+    def _candidates(
+        self, shape: BatchShape, costs: MeasuredCosts, seconds: float
+    ) -> tuple[float, list[tuple[Schedule, float]]]:
+        """Rank 0 plans: the predicted seconds of a sequential step; candidates that promise to beat it, with theirs."""
+        text = ""
+        if self._ranks.is_first:
+            from engine.pipeline.planner import plan
+
+            planned = plan(
+                self._pipeline.graph,
+                costs,
+                shape,
+                num_layers=self._config.model.num_layers,
+                lanes=CPU_LANES,
+                seconds=seconds,
+                workers=self._config.threads_per_rank,
+                token_multiple=max(16, round(shape.num_tokens / 16)),
+                num_candidates=_NUM_CANDIDATES,
+            )
+            worth = (1 - LEAST_PREDICTED_GAIN) * planned.sequential.step_seconds
+            candidates = [
+                (str(candidate.schedule), candidate.step_seconds)
+                for candidate in planned.candidates
+                if candidate.step_seconds <= worth
+            ]
+            text = json.dumps([planned.sequential.step_seconds, candidates])
+        predicted, candidates = json.loads(self._ranks.text_of_first(text))
+        return predicted, [(Schedule.parse(schedule), step_seconds) for schedule, step_seconds in candidates]
+
+    def _saved(self, profile: Profile, plans: list[SelectedPlan]) -> PlanSet:
+        chosen = PlanSet(
+            fingerprint=self._fingerprint,
+            max_batch_tokens=self._config.max_batch_tokens,
+            profile=profile,
+            plans=tuple(plans),
+        )
+        chosen = PlanSet.parse(self._ranks.text_of_first(str(chosen)))
+        if self._ranks.is_first:
+            try:
+                self._store.save(chosen)
+            except ConfigError as error:
+                _log.warning("The plans could not be stored and will be made again at the next start: %s", error)
+        return chosen
+
+
+# What a loaded engine runs most comes first.
+_FREQUENCY = (
+    DecodeShare.MIXED,
+    DecodeShare.MOSTLY_DECODE,
+    DecodeShare.ALL_DECODE,
+    DecodeShare.MOSTLY_PREFILL,
+    DecodeShare.ALL_PREFILL,
+)
