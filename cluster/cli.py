@@ -66,8 +66,8 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="Ranks (GPUs) of one replica.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8000].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8000).")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
@@ -76,7 +76,7 @@ def serve(
     cache: Annotated[str | None, typer.Option(help="KV cache of one rank, for example 2GiB.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one rank.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster to join [default: RAY_ADDRESS, else start one].")
+        str | None, typer.Option(help="A running Ray cluster to join (default: RAY_ADDRESS, else start one).")
     ] = None,
 ) -> None:
     """Serve a model over OpenAI's API until interrupted."""

@@ -28,7 +28,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; read from standard input if left out.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Generate at most this many tokens [default: 256, or what fits].")
+        int | None, typer.Option(min=1, help="Generate at most this many tokens (default: 256, or what fits).")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that add up to this.")] = 1.0,

@@ -1,17 +1,22 @@
-"""The engine's commands: `bench offline` and `make-model`. Token ids only, no Ray; `nanoserve` mounts them.
+"""The engine's commands: `bench offline`, `make-model`, and from `engine.commands` `profile`, `plan` and `timeline`.
 
-Commands parse options, call one object, and print. Torch is imported inside a command, so that `--help` is immediate.
+Token ids only, no Ray; `nanoserve` mounts them. Commands parse options, call one object, and print. Torch is imported
+inside a command, so that `--help` is immediate.
 """
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
+from engine.commands.output_file import JsonFile as JsonFile
+from engine.commands.output_file import write_result as write_result
+from engine.commands.plan import plan
+from engine.commands.profile import profile
+from engine.commands.timeline import timeline
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import NanoserveError
 from engine.model_config import Architecture, DType, ModelConfig
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="An LLM engine for one device group.")
 bench = typer.Typer(no_args_is_help=True, help="Measure.")
 app.add_typer(bench, name="bench")
+app.command("profile")(profile)
+app.command("plan")(plan)
+app.command("timeline")(timeline)
 
 # CPU memory is shared with everything else on the machine: take what the workload needs, but not more than this.
 MAX_CPU_CACHE_BYTES = 4 << 30
@@ -42,13 +50,6 @@ class ArchitectureName(StrEnum):
     QWEN3_MOE = "qwen3-moe"
 
 
-def check_json_file(name: str | None) -> str | None:
-    """Refuse a file that cannot be written before anything is measured for it."""
-    if name not in (None, "-") and not Path(name).absolute().parent.is_dir():
-        raise typer.BadParameter(f"the folder {Path(name).absolute().parent} does not exist.")
-    return name
-
-
 # Options that `bench offline` and `bench serve` share.
 InputLength = Annotated[str, typer.Option("--input-len", help="Prompt tokens: 512, or a range 128:512.")]
 OutputLength = Annotated[str, typer.Option("--output-len", help="Output tokens: 128, or a range 16:256.")]
@@ -57,13 +58,9 @@ TraceFile = Annotated[
     Path | None,
     typer.Option("--trace", exists=True, dir_okay=False, help="Lengths (and times) of a .csv or .jsonl trace, or .gz."),
 ]
-NumRequests = Annotated[int | None, typer.Option(min=1, help="How many [default: all of a trace, else 100].")]
+NumRequests = Annotated[int | None, typer.Option(min=1, help="How many (default: all of a trace, else 100).")]
 LengthDivisor = Annotated[int, typer.Option(min=1, help="Divide all lengths by this, rounding up.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of lengths, arrivals and prompts.")]
-JsonFile = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", callback=check_json_file, help="Write the result as JSON; - is stdout."),
-]
 
 
 @bench.command("offline")
@@ -76,13 +73,13 @@ def bench_offline(
     num_requests: NumRequests = None,
     length_divisor: LengthDivisor = 1,
     seed: Seed = 0,
-    dtype: Annotated[DType | None, typer.Option(help="Number format [default: the checkpoint's].")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
     device: Annotated[DeviceKind | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed per step.")] = 2048,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences running at once.")] = 256,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Default: the longest request.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Memory of the KV cache.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """All requests at once through one engine in this process: tokens per second, and percent of the optimum."""
@@ -154,17 +151,6 @@ def make_model(
     )
     write_random_checkpoint(path, config, seed)
     typer.echo(f"Wrote {config.architecture} with random weights to {path}")
-
-
-def write_result(result: dict[str, Any], summary: str, json_file: str | None) -> None:
-    """Print `summary`, and write `result` to `json_file`; "-" prints the JSON instead of the summary."""
-    text = json.dumps(result, indent=2)
-    if json_file == "-":
-        typer.echo(text)
-        return
-    typer.echo(summary)
-    if json_file is not None:
-        Path(json_file).write_text(text + "\n")
 
 
 def main() -> None:

@@ -123,25 +123,26 @@ class LossLedger:
         self._charge(Loss.EXPOSED_ATTENTION, times.attention_seconds)
         self._charge(Loss.EXPOSED_NETWORK, times.exposed_network_seconds)
         self._charge(Loss.OTHER_OPERATIONS, step.device_seconds - named)
-        self._book_gemm(step, times.gemm_seconds, self._work(useful_tokens, useful_drawn))
+        self._book_gemm(step, times.gemm_seconds, useful_tokens, useful_drawn)
 
-    def _book_gemm(self, step: FinishedStep, seconds: float, useful_work: float) -> None:
+    def _book_gemm(self, step: FinishedStep, seconds: float, useful_tokens: int, useful_drawn: int) -> None:
         num_rows = step.num_tokens + step.num_padding_tokens
         work = self._work(num_rows, step.num_drawn)
         if work == 0:
             return
         per_token = seconds / work
-        padding = per_token * self._work(step.num_padding_tokens, 0)
-        useful = per_token * useful_work
-        self._charge(Loss.PADDING, padding)
-        self._charge(Loss.DISCARDED_TOKENS, seconds - padding - useful)
+        useful_work = self._work(useful_tokens, useful_drawn)
+        discarded_work = self._work(step.num_tokens - useful_tokens, step.num_drawn - useful_drawn)
+        self._charge(Loss.PADDING, per_token * self._work(step.num_padding_tokens, 0))
+        self._charge(Loss.DISCARDED_TOKENS, per_token * discarded_work)
         small = 0.0
         if num_rows >= FULL_SHARE * self._dense_batch:
             self._learn_dense(per_token)
         else:
             small = useful_work * max(0.0, per_token - self._dense_seconds)
             self._charge(step.limit, small)
-        self._charge(Loss.GEMM_BELOW_PEAK, useful - small - useful_work / self._optimum.tokens_per_second)
+        below = useful_work * (per_token - 1 / self._optimum.tokens_per_second) - small
+        self._charge(Loss.GEMM_BELOW_PEAK, below)
 
     def _learn_dense(self, per_token: float) -> None:
         self._num_full = min(self._num_full + 1, DENSE_MEAN_STEPS)

@@ -15,7 +15,7 @@ from engine.config import EngineConfig, PipelineMode
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep, StepClock
-from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.lanes import lanes_for
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
@@ -44,7 +44,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self.pipeline = pipeline
-        self._lanes = HostLanes(overlaps=config.pipeline is PipelineMode.OVERLAP)
+        self._lanes = lanes_for(device, overlaps=config.pipeline is PipelineMode.OVERLAP)
         self.plans = PlanChoice(pipeline.sequential, plans)
         self._kv_cache = kv_cache
         self._device = device
@@ -92,7 +92,7 @@ class ModelRunner:
         shard_KR = self._model.lm_head.shard(self._model.norm(hidden_TE[staged["sampled_token"]]))
         multiplied = stopwatch.spent(Cost.GEMM, started)
         logits_KV = self._model.lm_head.join(shard_KR)
-        stopwatch.flown(multiplied, stopwatch.spent(Cost.NETWORK, multiplied))
+        stopwatch.gathered(multiplied, self._model.lm_head.all_gather)
         drawn = sample(logits_KV, plan, staged, self._pool)
         self._pool.write_tokens(staged["sampled_row"], staged["sampled_position"], drawn.token_ids)
         return drawn

@@ -14,17 +14,18 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.pipeline.instance import Instance
 from engine.pipeline.schedule import ALL_UNITS
-from engine.pipeline.sharing import Sharing
+from engine.pipeline.sharing import Sharing, TeamMode
 
 _TOLERANCE = 1e-6  # of the solver's numbers, relative
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigurationBound:
-    """`seconds` of a period at least; `speeds`: each nano-operation's mean speed in the solution that takes so long."""
+    """`seconds` of a period at least. Of the solution that takes so long: each nano-operation's mean speed and shares."""
 
     seconds: float
     speeds: tuple[float, ...]
+    shares: tuple[frozenset[int], ...]
 
 
 def simple_bound(instance: Instance, sharing: Sharing) -> float:
@@ -78,16 +79,16 @@ class _Program:
         self._optimal = pywraplp.Solver.OPTIMAL
         self._solver: Any = pywraplp.Solver.CreateSolver("GLOP")
         self._rows = [self._solver.Constraint(0, self._solver.infinity()) for _ in instance.operations]
-        self._columns: list[tuple[Any, list[int], tuple[float, ...]]] = []
+        self._columns: list[tuple[Any, list[int], TeamMode]] = []
         self._prices: list[list[float]] = []
         objective = self._solver.Objective()
         for team in _teams(instance):
-            for speeds in sharing.speeds([instance.operations[i].node for i in team]):
+            for mode in sharing.team_modes([instance.operations[i].node for i in team]):
                 column = self._solver.NumVar(0, self._solver.infinity(), "")
                 objective.SetCoefficient(column, 1)
-                for index, speed in zip(team, speeds, strict=True):
+                for index, speed in zip(team, mode.speeds, strict=True):
                     self._rows[index].SetCoefficient(column, speed)
-                self._columns.append((column, team, speeds))
+                self._columns.append((column, team, mode))
         objective.SetMinimization()
 
     def quick(self, instance: Instance) -> float:
@@ -101,17 +102,20 @@ class _Program:
         for row, duration in zip(self._rows, seconds, strict=True):
             row.SetBounds(duration / scale, self._solver.infinity())
         if self._solver.Solve() != self._optimal:
-            return ConfigurationBound(0.0, (1.0,) * len(seconds))
+            return ConfigurationBound(0.0, (1.0,) * len(seconds), (frozenset(range(ALL_UNITS + 1)),) * len(seconds))
         self._prices.append([max(0.0, row.dual_value()) for row in self._rows])
         running, done = [0.0] * len(seconds), [0.0] * len(seconds)
-        for column, team, speeds in self._columns:
+        shares: list[set[int]] = [set() for _ in seconds]
+        for column, team, mode in self._columns:
             if (value := column.solution_value()) > _TOLERANCE:
-                for index, speed in zip(team, speeds, strict=True):
+                for index, share, speed in zip(team, mode.shares, mode.speeds, strict=True):
                     running[index] += value
                     done[index] += value * speed
+                    shares[index].add(share)
         return ConfigurationBound(
             self._solver.Objective().Value() * scale * (1 - _TOLERANCE),
             tuple(work / time if time else 1.0 for work, time in zip(done, running, strict=True)),
+            tuple(map(frozenset, shares)),
         )
 
 

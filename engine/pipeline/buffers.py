@@ -20,7 +20,9 @@ _MAX_ROUNDS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPlan:
-    """For every value and for `LAYER_INPUT`, where its copies begin; layers take them in turn (mostly there is one).
+    """Where the copies of every value, and of `LAYER_INPUT`, begin; layers take them in turn (mostly there is one).
+
+    What the schedule never computes, such as a branch that it does not take, has no place.
 
     What goes into the first layer is written to `LAYER_INPUT` of layer 0, and what comes out is found in the graph's
     output of the last layer. A value of `in_place` is written over the one that it maps to. `widths` count elements
@@ -74,13 +76,14 @@ def plan_buffers(
         (lifetime.owner, lifetime.copy): row_bytes[lifetime.owner] * schedule.cut.num_tokens for lifetime in lifetimes
     }
     places = _best_offsets(sizes, _forbidden(lifetimes, row_bytes))
-    offsets = {
-        value: tuple(places[place] for place in sorted(places) if place[0] == owner) for value, owner in owners.items()
-    }
+    copies: dict[str, list[int]] = {}
+    for owner, copy in sorted(places):
+        copies.setdefault(owner, []).append(places[owner, copy])
+    offsets = {value: tuple(copies[owner]) for value, owner in owners.items() if owner in copies}
     output = offsets[graph.output]
     return BufferPlan(
         offsets={**offsets, LAYER_INPUT: (output[-1], *output[:-1])},  # the output of the layer before
-        widths={**{value: widths[value] for value in owners}, LAYER_INPUT: widths[graph.output]},
+        widths={**{value: widths[value] for value in offsets}, LAYER_INPUT: widths[graph.output]},
         in_place=dict(in_place),
         element_bytes=element_bytes,
         num_tokens=schedule.cut.num_tokens,

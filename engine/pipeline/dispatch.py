@@ -1,7 +1,8 @@
 """`dispatch_order`: one order in which a single thread can issue every step of every layer of a model.
 
 Period p of a schedule runs, lane by lane, each step as layer p - delay. The order keeps that of every lane and issues
-a step after all that it depends on, the network's steps at the first chance, so that a collective is in flight while
+a step after all that it depends on. Where the schedule says in which order its steps start, they are issued so, as
+far as dependencies let them; else the network's steps at the first chance, so that a collective is in flight while
 the thread goes on. It follows from the schedule alone and is therefore the same on every rank.
 """
 
@@ -32,7 +33,7 @@ class Dispatch(NamedTuple):
 def dispatch_order(schedule: Schedule, graph: OperationGraph, num_layers: int) -> list[Dispatch]:
     """Every step of `num_layers` layers in the order to issue them; raises `ScheduleError` where lanes deadlock."""
     dependencies = Dependencies.of(schedule, graph)
-    queues = _queues(dependencies, num_layers)
+    queues = _queues(dependencies, num_layers, schedule.starts)
     heads = [0] * _NUM_LANES
     place = [[-1] * num_layers for _ in dependencies.steps]
     order: list[Dispatch] = []
@@ -52,18 +53,27 @@ def dispatch_order(schedule: Schedule, graph: OperationGraph, num_layers: int) -
     return order
 
 
-_Queue = list[tuple[int, PlacedStep, int]]
+_Rank = tuple[int, int]
+_Queue = list[tuple[_Rank, PlacedStep, int]]
 
 
-def _queues(dependencies: Dependencies, num_layers: int) -> list[_Queue]:
-    """For every lane its (period, step, layer)s in order."""
+def _queues(dependencies: Dependencies, num_layers: int, starts: Sequence[Lane]) -> list[_Queue]:
+    """For every lane its (rank, step, layer)s in order; of those that can be issued, the lowest rank is."""
     lanes: list[list[PlacedStep]] = [[] for _ in range(_NUM_LANES)]
     for placed in dependencies.steps:
         lanes[_FIRST[placed.lane]].append(placed)
+    queues = {lane: iter(lanes[number]) for lane, number in _FIRST.items()}
+    place_of = {next(queues[lane]).index: place for place, lane in enumerate(starts)}
+
+    def rank(period: int, placed: PlacedStep) -> _Rank:
+        if place_of:
+            return period, place_of[placed.index]
+        return (-1, 0) if placed.lane is Lane.NETWORK else (period, _FIRST[placed.lane])
+
     num_periods = num_layers + max((placed.step.delay for placed in dependencies.steps), default=0)
     return [
         [
-            (period, placed, period - placed.step.delay)
+            (rank(period, placed), placed, period - placed.step.delay)
             for period in range(num_periods)
             for placed in steps
             if 0 <= period - placed.step.delay < num_layers
@@ -75,18 +85,15 @@ def _queues(dependencies: Dependencies, num_layers: int) -> list[_Queue]:
 def _next_lane(
     queues: Sequence[_Queue], heads: Sequence[int], dependencies: Dependencies, place: Sequence[Sequence[int]]
 ) -> int | None:
-    """The lane to issue from: the network if it can, else whichever is behind; None if none can."""
-    best, best_period = None, 0
+    """The lane to issue from; None if no lane's next step can be issued."""
+    ready: list[tuple[_Rank, int]] = []
     for number, (queue, head) in enumerate(zip(queues, heads, strict=True)):
-        if head == len(queue) or (best is not None and queue[head][0] >= best_period):
-            continue
-        period, placed, layer = queue[head]
-        waits = dependencies.waits[placed.index]
-        if all(layer < lag or place[producer][layer - lag] >= 0 for producer, lag in waits):
-            best, best_period = number, period
-            if number == _FIRST[Lane.NETWORK]:
-                break
-    return best
+        if head < len(queue):
+            rank, placed, layer = queue[head]
+            waits = dependencies.waits[placed.index]
+            if all(layer < lag or place[producer][layer - lag] >= 0 for producer, lag in waits):
+                ready.append((rank, number))
+    return min(ready)[1] if ready else None
 
 
 class _Clocks:

@@ -19,7 +19,7 @@ NUM_COPIES = 7
 
 
 def measure_cpu(dtype: DType, num_threads: int, network_bandwidth: float | None = None) -> DeviceSpec:
-    """Takes one or two seconds and 256 MiB, with as many threads as a rank will have.
+    """Takes a few seconds and 256 MiB, with as many threads as a rank will have.
 
     Rates are for numbers of `dtype` only. `network_bandwidth` is in bytes per second, one way, if it is known.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.models.decoder import Decoder
 from engine.pipeline.dispatch import Dispatch, dispatch_order
 from engine.pipeline.graph import OperationGraph
-from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.lanes import Lanes
 from engine.pipeline.layer_program import LayerProgram, homes
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.schedule import Schedule
@@ -67,7 +67,7 @@ class Pipeline:
         """One nano-batch, one operation after the other; fits every batch."""
         return self._sequential[self.graph.signature]
 
-    def run(self, step: StepInputs, schedule: Schedule, lanes: HostLanes, stopwatch: Stopwatch) -> Tensor:
+    def run(self, step: StepInputs, schedule: Schedule, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
         """Hidden states [T, E] after the last layer, in the order of `schedule.cut`, scaled to the batch.
 
         The schedule must have passed `verify` and fit the batch. The hidden states are a buffer that the next run
@@ -79,7 +79,7 @@ class Pipeline:
         hidden_TE: Tensor = self._embedding.shard(parts.whole)
         looked_up = stopwatch.spent(Cost.OTHER, started)
         hidden_TE = self._embedding.all_reduce(hidden_TE)
-        stopwatch.flown(looked_up, stopwatch.spent(Cost.NETWORK, looked_up))
+        stopwatch.gathered(looked_up, self._embedding.all_reduce)
         for run in self._runs:
             if run is not self._runs[0]:
                 hidden_TE = hidden_TE.clone()  # it lies in a buffer that these layers may write to

@@ -10,6 +10,7 @@ partition without regard to shares costs up to 8 %, so here it is chosen with th
 """
 
 from collections.abc import Callable, Collection
+from math import ceil
 
 from engine.batch_shape import BatchShape
 from engine.pipeline.cost_model import CostModel
@@ -20,6 +21,8 @@ from engine.pipeline.plan import Plan, SearchState
 from engine.pipeline.schedule import Lane
 from engine.pipeline.search import Problem, Search
 from engine.pipeline.sequential import sequential_schedule
+
+_MOST_CHUNKS = 16
 
 
 def plan(
@@ -38,15 +41,17 @@ def plan(
 ) -> Plan:
     """Plan one layer of `num_layers` for batches of `shape`, in about `seconds` with `workers` threads of the solver.
 
-    Nano-batches are multiples of `token_multiple` tokens. The search ends before its time when no plan can be better
+    Nano-batches are multiples of `token_multiple` tokens, or of a multiple of it that makes no more than 16 of a batch.
+    The search ends before its time when no plan can be better
     than the best one by more than `tolerance` of its period. `progress` is called after every partition solved.
     Raises `ConfigError` where OR-tools is not installed.
     """
     num_decodes = round(shape.num_decodes)
     num_prefills = round(shape.num_tokens) - num_decodes
+    multiple = token_multiple * max(1, ceil((num_decodes + num_prefills) / (token_multiple * _MOST_CHUNKS)))
     problem = Problem(graph, costs, shape, num_layers, tuple(lanes))
     sequential = problem.candidate(sequential_schedule(graph, num_decodes, num_prefills))
-    family = list(partitions(graph, lanes, num_decodes, num_prefills, token_multiple))
+    family = list(partitions(graph, lanes, num_decodes, num_prefills, multiple))
     search = Search(problem, family, sequential, seconds=seconds, workers=workers, tolerance=tolerance)
     reason = search.run(progress)
     candidates = search.best(num_candidates)
@@ -57,7 +62,7 @@ def plan(
         num_layers=num_layers,
         lower_bound_seconds=search.lower_bound_seconds,
         family=(
-            f"at most two nano-batches in multiples of {token_multiple} tokens, heads of a layer whole or halved, "
+            f"at most two nano-batches in multiples of {multiple} tokens, heads of a layer whole or halved, "
             f"{len(graph.branches) or 1} ways to place a collective, the same order in every layer"
         ),
         num_partitions=len(family),

@@ -9,6 +9,7 @@ the same profile: the slowest rank's time, and for a collective the time of the 
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,7 +228,7 @@ class Profiler:
         """The median seconds of each load, in `budget` seconds of repetitions that go round all of them."""
         for load in loads:
             load.run()
-        estimates = self._ranks.largest([self._once(load, is_network) for load in loads])
+        estimates = self._ranks.largest([self._cost_of(load, is_network) for load in loads])
         rounds = [_num_rounds(budget / len(loads), estimate) for estimate in estimates]
         samples: list[list[float]] = [[] for _ in loads]
         for number in range(max(rounds)):
@@ -237,6 +238,12 @@ class Profiler:
         medians = [statistics.median(found) for found in samples]
         # A rank that comes early to a collective waits there for the others: the last one's time is its own.
         return self._ranks.smallest(medians) if is_network else self._ranks.largest(medians)
+
+    def _cost_of(self, load: Load, is_network: bool) -> float:
+        """What a repetition takes with everything around it."""
+        started = time.perf_counter()
+        self._once(load, is_network)
+        return time.perf_counter() - started
 
     def _once(self, load: Load, is_network: bool) -> float:
         if is_network:

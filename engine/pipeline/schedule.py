@@ -79,7 +79,7 @@ class Schedule:
     def __str__(self) -> str:
         sizes = (f"{nano_batch.num_decodes}+{nano_batch.num_prefills}" for nano_batch in self.cut.nano_batches)
         lines = [f"{_CUT_KEY}: {' '.join(sizes)}"]
-        lines += [f"{lane}: {' '.join(map(str, steps))}" for lane, steps in self.lanes.items()]
+        lines += [f"{lane}: {' '.join(map(str, self.lanes[lane]))}" for lane in Lane if lane in self.lanes]
         if self.starts:
             lines.append(f"{_STARTS_KEY}: {''.join(_LETTERS[lane] for lane in self.starts)}")
         return "\n".join(lines) + "\n"
@@ -116,8 +116,8 @@ class Schedule:
 
     @property
     def steps(self) -> Iterator[tuple[Lane, Step]]:
-        """Every step with its lane, lane by lane."""
-        return ((lane, step) for lane, steps in self.lanes.items() for step in steps)
+        """Every step with its lane, lane by lane in the order of `Lane`, so that equal schedules number them alike."""
+        return ((lane, step) for lane in Lane for step in self.lanes.get(lane, ()))
 
     def fits(self, num_decodes: int, num_prefills: int) -> bool:
         """Whether it can be scaled to such a batch: it must have a place for either kind of token that occurs."""

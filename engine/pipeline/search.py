@@ -19,8 +19,10 @@ from engine.pipeline.schedule import ALL_UNITS, Lane, Schedule
 from engine.pipeline.sharing import Sharing
 from engine.pipeline.simulator import Simulator
 
-_LEAST_UNITS = 2000
+_LEAST_UNITS = 10_000
+_RADII = (1, 2, ALL_UNITS)
 _FIRST_SLICE = 1 / 12
+_BOUNDING_SHARE = 0.2
 _SLACK_OF_ESTIMATES = 1.05
 _EPSILON = 1e-9
 
@@ -47,14 +49,37 @@ class Problem:
 
 @dataclass(eq=False)
 class _Entry:
-    """A partition under search. `bound` in seconds; `solved` once no more search can help."""
+    """A partition under search. `bound` in seconds; `is_solved` once no more search can help.
+
+    The search begins with the shares of the linear program's solution and their neighbours, and widens `level` by
+    `level`: with few shares to choose from it is many times faster, and loses little.
+    """
 
     instance: Instance
     bound: float
     modes: list[list[TimedMode]] = field(default_factory=list)
+    shares: tuple[frozenset[int], ...] = ()
     order: PeriodicOrder | None = None
+    level: int = 0
     num_slices: int = 0
     is_solved: bool = False
+
+    @property
+    def is_widest(self) -> bool:
+        """Whether the level leaves no share out."""
+        return self.modes_of_level() == self.modes
+
+    def modes_of_level(self) -> list[list[TimedMode]]:
+        """The modes to choose from at this level."""
+        radius = _RADII[self.level]
+        return [
+            [mode for mode in mine if min(used) - radius <= mode.share <= max(used) + radius] or mine
+            if used
+            else mine[-1:]
+            if radius < ALL_UNITS
+            else mine
+            for mine, used in zip(self.modes, self.shares, strict=True)
+        ]
 
 
 class Search:
@@ -146,6 +171,10 @@ class Search:
                 tight = self._bounds.tight(entry.instance)
                 entry.bound = max(bound, tight.seconds)
                 entry.modes = self._modes(entry.instance, tight.speeds)
+                entry.shares = tight.shares
+                if self.elapsed_seconds > self._seconds * _BOUNDING_SHARE:  # others may be lower: time to solve one
+                    self._heap[0] = (bound, number, entry)
+                    return entry
             heapq.heapreplace(self._heap, (entry.bound, number, entry))
         return None
 
@@ -168,7 +197,7 @@ class Search:
     def _choose(self, fresh: _Entry | None, open_entries: Sequence[_Entry]) -> _Entry:
         """Two new partitions, then again the one with the best plan, and so on."""
         if fresh is None:
-            return min(open_entries, key=lambda entry: (entry.num_slices, entry.bound))
+            return min(open_entries, key=lambda entry: (entry.level, entry.num_slices, entry.bound))
         favourite = self._favourite
         if favourite is not None and not favourite.is_solved and self.num_solved % 3 == 2:
             return favourite
@@ -183,7 +212,7 @@ class Search:
         left = self._seconds - self.elapsed_seconds
         result = solve_order(
             entry.instance,
-            entry.modes,
+            entry.modes_of_level(),
             lower=lower,
             upper=upper,
             seconds=max(0.05, min(self._seconds * _FIRST_SLICE * 2**entry.num_slices, left)),
@@ -207,10 +236,14 @@ class Search:
 
     def _raise_bound(self, entry: _Entry, result: OrderingResult, upper: int) -> None:
         """What the solver proved, less what rounding the durations up may have added."""
-        proven = min(result.bound, upper + 1)
-        if result.bound >= (upper + 1 if result.order is None else result.order.period) - 0.5:
+        is_proven = result.bound >= (upper + 1 if result.order is None else result.order.period) - 0.5
+        is_widest = entry.is_widest
+        if is_proven and is_widest:
             entry.is_solved = True
-        if self._sharing.is_separable:
+        elif is_proven:
+            entry.level, entry.num_slices = entry.level + 1, 0
+        if self._sharing.is_separable and is_widest:
+            proven = min(result.bound, upper + 1)
             entry.bound = max(entry.bound, proven * self._unit - _rounding(entry, self._sharing, self._unit))
 
 

@@ -1,6 +1,7 @@
 """`Sharing`: how fast nodes can run beside each other, asked of a cost model once per set of nodes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 
 from engine.pipeline.cost_model import CostModel, Mode
@@ -10,6 +11,14 @@ from engine.pipeline.schedule import ALL_UNITS
 _EPSILON = 1e-9
 
 
+@dataclass(frozen=True, slots=True)
+class TeamMode:
+    """Shares of nodes that run together, and the speeds that follow, in their order."""
+
+    shares: tuple[int, ...]
+    speeds: tuple[float, ...]
+
+
 class Sharing:
     """`is_separable`: no speed depends on more than the node's own share, for any two of `nodes`."""
 
@@ -17,9 +26,9 @@ class Sharing:
         self.costs = costs
         self.is_separable = True
         self._modes: dict[str, tuple[Mode, ...]] = {}
-        self._teams: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+        self._teams: dict[tuple[str, ...], list[TeamMode]] = {}
         for pair in combinations(nodes, 2):
-            self.speeds(pair)
+            self.team_modes(pair)
 
     def modes(self, node: Node) -> tuple[Mode, ...]:
         """The shares of a node, ascending, without those that are no faster than a smaller one."""
@@ -31,11 +40,11 @@ class Sharing:
             self._modes[node.name] = tuple(kept)
         return self._modes[node.name]
 
-    def speeds(self, team: Sequence[Node]) -> list[tuple[float, ...]]:
-        """What speeds the nodes of a team can have together: one tuple per way to divide the units, best ones only."""
+    def team_modes(self, team: Sequence[Node]) -> list[TeamMode]:
+        """The ways of running these nodes together, without those that are no better than another for any of them."""
         key = tuple(node.name for node in team)
         if key not in self._teams:
-            found: dict[tuple[float, ...], None] = {}
+            found: dict[tuple[float, ...], TeamMode] = {}
             for modes in product(*(self.modes(node) for node in team)):
                 if self.costs.shares_units and sum(mode.share for mode in modes) > ALL_UNITS:
                     continue
@@ -46,8 +55,10 @@ class Sharing:
                 )
                 if any(abs(speed - mode.speed) > _EPSILON for speed, mode in zip(speeds, modes, strict=True)):
                     self.is_separable = False
-                found[speeds] = None
-            self._teams[key] = [mine for mine in found if not any(_is_better(other, mine) for other in found)]
+                found[speeds] = TeamMode(tuple(mode.share for mode in modes), speeds)
+            self._teams[key] = [
+                mode for speeds, mode in found.items() if not any(_is_better(other, speeds) for other in found)
+            ]
         return self._teams[key]
 
 

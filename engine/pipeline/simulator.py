@@ -82,6 +82,7 @@ class Simulator:
                 start_token=self._steps[run.step].start,
                 stop_token=self._steps[run.step].stop,
                 nano_batch=nano_batch_of[run.step],
+                share=self._steps[run.step].share if self._costs.shares_units else ALL_UNITS,
             )
             for run in self.runs(num_layers)
         )

@@ -4,6 +4,7 @@ import time
 from enum import StrEnum
 
 from engine.batch import StepTimes
+from engine.operation import Operation
 from engine.pipeline.schedule import Lane
 from engine.pipeline.timeline import TimelineEvent
 
@@ -54,6 +55,13 @@ class Stopwatch:
             exposed_network_seconds=self.seconds[Cost.NETWORK],
             network_seconds=self.network_seconds,
         )
+
+    def gathered(self, started: float, collective: Operation) -> None:
+        """Count the time since `started`, in which nothing but this collective was run and waited for."""
+        if collective.is_identity:  # what was left to do is no matter of the network
+            self.spent(Cost.OTHER, started)
+        else:
+            self.flown(started, self.spent(Cost.NETWORK, started))
 
     def record(
         self,

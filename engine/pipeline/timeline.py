@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.pipeline.schedule import Lane
+from engine.pipeline.schedule import ALL_UNITS, Lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,6 +11,7 @@ class TimelineEvent:
     """A nano-operation, from `start` to `end` in seconds since the step began.
 
     `layer` is None outside the layers (embedding, head, sampling), where `start_token` and `stop_token` span the batch.
+    `share` is in tenths of the execution units, as in a schedule.
     A gap in which the compute lane waits for another is no event; it is what lies between two of them.
     """
 
@@ -23,6 +24,7 @@ class TimelineEvent:
     stop_token: int = 0
     nano_batch: int = 0
     rank: int = 0
+    share: int = ALL_UNITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,26 @@
 """`Trial`: runs schedules for real, on synthetic batches, and tells how long each takes.
 
 All ranks run the same schedules in the same order; a run takes as long as on the slowest rank. Repetitions go round
-the schedules, so that a disturbance hits all alike, and a schedule counts with its median.
+the schedules, so that a disturbance hits all alike, and a schedule counts with its median. On a GPU every schedule
+is captured once per batch, replayed, and timed by events of the device.
 """
 
+import logging
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
-from engine.pipeline.host_lanes import HostLanes
+from engine.pending_step import StepClock
+from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
@@ -24,6 +29,8 @@ from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Contestant:
 class Timing:
     """Medians over the rounds, of the layers of one step: seconds from start to end on the slowest rank, and of this
     rank its computing, its waiting for the network, the time in which collectives flew and the CPU time they took.
+    On a GPU the parts are not told apart: everything counts as computing.
     """
 
     seconds: float
@@ -56,6 +64,8 @@ class Trial:
         self._pipeline = pipeline
         self._tensor_parallel = tensor_parallel
         self._device = torch.device(config.device.value)
+        self._lanes = {overlaps: lanes_for(self._device, overlaps=overlaps) for overlaps in (False, True)}
+        self._captures = Captures(self._device) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float) -> list[Timing]:
@@ -63,29 +73,47 @@ class Trial:
         contexts = shape.num_decodes * shape.decode_context + shape.num_prefills + shape.prefill_context
         cache = synthetic_cache(self._config, int(contexts) + self._config.max_model_len, self._device)
         step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
+        step = replace(step, tokens=_random_tokens(len(step.tokens), self._config.model.vocab_size).to(self._device))
+        runs = [self._prepared(contestant, step) for contestant in contestants]
         rounds: list[list[_Sample]] = [[] for _ in contestants]
         started = Stopwatch.now()
         num_rounds = -1  # the first round warms up
         while num_rounds < MIN_ROUNDS or (
             num_rounds < MAX_ROUNDS and self._slowest(Stopwatch.now() - started) < seconds
         ):
-            for samples, contestant in zip(rounds, contestants, strict=True):
-                sample = self._sample(contestant, step)
+            for samples, run in zip(rounds, runs, strict=True):
+                sample = self._sample(run)
                 if num_rounds >= 0:
                     samples.append(sample)
             num_rounds += 1
         return [self._timing(samples) for samples in rounds]
 
-    def _sample(self, contestant: Contestant, step: StepInputs) -> "_Sample":
+    def _prepared(self, contestant: Contestant, step: StepInputs) -> "_Run":
+        """What runs the contestant once; on a GPU a graph, unless the model waits for the device somewhere."""
+        lanes = self._lanes[contestant.overlaps]
+
+        def run(stopwatch: Stopwatch) -> object:
+            return self._pipeline.run(step, contestant.schedule, lanes, stopwatch)
+
+        if self._captures is None:
+            return run
+        try:
+            captured = self._captures.capture(lambda: run(Stopwatch()))
+        except CaptureError as error:
+            _log.warning("%s It is timed as it is launched.", error)
+            return run
+        return lambda stopwatch: captured.replay()
+
+    def _sample(self, run: "_Run") -> "_Sample":
         self._slowest(0.0)  # ranks begin together
-        lanes = HostLanes(overlaps=contestant.overlaps)
         stopwatch = Stopwatch()
         cpu = time.process_time() - time.thread_time()
-        started = Stopwatch.now()
-        self._pipeline.run(step, contestant.schedule, lanes, stopwatch)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = Stopwatch.now() - started
+        clock = StepClock(self._device)
+        run(stopwatch)
+        clock.stop()
+        seconds = clock.seconds()
+        if self._device.type == "cuda":  # the stopwatch saw the host launch it
+            return _Sample(self._slowest(seconds), seconds, 0.0, 0.0, 0.0)
         times = stopwatch.times()
         return _Sample(
             self._slowest(seconds),
@@ -113,6 +141,14 @@ class Trial:
         largest = torch.tensor(seconds, dtype=torch.float64, device=self._device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._tensor_parallel.group)
         return largest.item()
+
+
+_Run = Callable[[Stopwatch], object]
+
+
+def _random_tokens(num_tokens: int, vocab_size: int) -> Tensor:
+    """The same on every rank; all sorts, because equal ones would all be routed to the same experts."""
+    return torch.randint(vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
 
 
 class _Sample(NamedTuple):

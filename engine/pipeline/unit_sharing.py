@@ -4,7 +4,9 @@ The paper (arXiv 2408.12757, section 4.1.1, table 3) found on an A100 that one t
 matrices lose in proportion to the units they give up, what is bound by memory or by the network loses less. Torch-free.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from engine.pipeline.schedule import ALL_UNITS
 
@@ -39,3 +41,19 @@ REPOSITORY_SHARING = UnitSharing(
     memory=(0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0),
     network=(0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.95, 0.95, 1.0, 1.0),
 )
+
+
+class SharingName(StrEnum):
+    """The tables by name, for people who choose one."""
+
+    PAPER = "paper"
+    REPOSITORY = "repository"
+    NONE = "none"
+
+
+# With no table nothing is divided and nothing lost: what runs side by side runs as fast as alone.
+SHARINGS: Mapping[SharingName, UnitSharing | None] = {
+    SharingName.PAPER: PAPER_SHARING,
+    SharingName.REPOSITORY: REPOSITORY_SHARING,
+    SharingName.NONE: None,
+}

@@ -47,11 +47,14 @@ def verify_buffers(plan: BufferPlan, schedule: Schedule, graph: OperationGraph) 
             f"the buffers are planned for {plan.num_tokens} tokens and the schedule has {schedule.cut.num_tokens}:"
             f" plan them for this schedule."
         )
-    _verify_places(plan, graph)
     dependencies = Dependencies.of(schedule, graph)
+    writes = list(_writes(dependencies, schedule, graph))
+    homeless = sorted(({write.value for write in writes} | {LAYER_INPUT, graph.output}) - plan.offsets.keys())
+    if homeless:
+        raise ScheduleError(f"the plan has no buffer for {', '.join(homeless)}: plan it for this schedule.")
+    _verify_places(plan, graph)
     num_layers = run_length(plan.num_layers, schedule)
     run = _Order(dependencies, num_layers)
-    writes = list(_writes(dependencies, schedule, graph))
     for read in _reads(dependencies.steps, writes, schedule, graph, num_layers):
         for write in writes:
             _verify_write(plan, run, read, write, num_layers, dependencies.steps)

@@ -183,7 +183,7 @@ async def test_a_busy_engine_adds_up(checkpoint: Path) -> None:
     config = engine_config(checkpoint)
     async with serving(config, InlineExecutor(config)) as engine:
         waterfall = await measure(engine, lambda: answer(engine, 32, prompt=100, output=50))
-        assert engine.stats().num_steps_by_plan.keys()
+        assert sum(engine.stats().num_steps_by_plan.values()) == engine.stats().num_steps
     assert 0 < waterfall.percent_of_optimal < 150
     assert waterfall.seconds[Loss.EXPOSED_ATTENTION] > 0 and waterfall.seconds[Loss.OTHER_OPERATIONS] > 0
     assert waterfall.seconds[Loss.NO_REQUESTS] < 0.05 * waterfall.wall_seconds
@@ -218,7 +218,7 @@ async def test_a_starved_queue_is_no_requests_and_small_batches(checkpoint: Path
 async def test_a_slow_link_is_exposed_network(checkpoint: Path) -> None:
     config = engine_config(checkpoint, tensor_parallel=2)
     async with serving(config, TwoRanks(config, LATE_SECONDS)) as engine:
-        waterfall = await measure(engine, lambda: answer(engine, 8, prompt=20, output=20))
+        waterfall = await measure(engine, lambda: answer(engine, 8, prompt=20, output=10))
         stats = engine.stats()
     # Two all-reduces a layer at least, each late.
     assert waterfall.seconds[Loss.EXPOSED_NETWORK] > 0.8 * stats.num_steps * 2 * config.model.num_layers * LATE_SECONDS

@@ -1,14 +1,16 @@
 """`bench offline` on a real small model on the CPU, through the command line as a user runs it."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from engine import ConfigError, DeviceKind, DType, EngineConfig, LengthRange, WorkloadSource, gemm_peak
+from engine import ConfigError, DeviceKind, DType, EngineConfig, LengthRange, Loss, WorkloadSource, gemm_peak
 from engine.cli import ArchitectureName, app
-from engine.gemm_peak import gemm_shapes, measure_gemm_peak
+from engine.gemm_peak import gemm_shapes, measure_gemm_peak, model_shapes
 from engine.model_config import Architecture
 from engine.offline_benchmark import OfflineBenchmark
 from engine.optimum import active_parameters
@@ -20,6 +22,7 @@ def quick_gemm_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same measurement, of less work: what the peak is does not matter here."""
     monkeypatch.setattr(gemm_peak, "SQUARES", {DeviceKind.CPU: (256,)})
     monkeypatch.setattr(gemm_peak, "SECONDS_PER_SHAPE", 0.01)
+    monkeypatch.setattr(gemm_peak, "QUICK_SECONDS_PER_SHAPE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,13 @@ def test_every_token_is_generated_and_counted(checkpoint: Path) -> None:
     optimum = result.gemm_peak.flops_per_second / (2 * active_parameters(config.model))
     assert result.percent_of_optimum == pytest.approx(100 * achieved / optimum)
     assert 0 < result.percent_of_optimum < 100
+    waterfall = result.waterfall
+    assert waterfall.optimal_tokens_per_second == pytest.approx(optimum)
+    assert waterfall.wall_seconds == pytest.approx(result.seconds, rel=0.05)
+    assert waterfall.percent_of_optimal == pytest.approx(
+        100 * result.num_batch_tokens / result.seconds / optimum, rel=0.05
+    )
+    assert sum(result.num_steps_by_plan.values()) == result.num_steps
 
 
 def test_requests_longer_than_the_model_are_refused_before_anything_starts(checkpoint: Path) -> None:
@@ -73,17 +83,32 @@ def test_gemm_peak_is_the_best_of_its_shapes(checkpoint: Path) -> None:
     assert set(peak.by_shape) == set(gemm_shapes(config))
     assert peak.flops_per_second == peak.by_shape[peak.shape] == max(peak.by_shape.values())
     assert (128, 2 * 128, 64) in peak.by_shape  # rows of a full batch, gate and up of the feed-forward, hidden
+    of_model = [peak.by_shape[shape] for shape in model_shapes(config)]
+    assert min(of_model) <= peak.dense_flops_per_second <= max(of_model)
+
+
+def test_a_quick_peak_is_of_products_that_a_cpu_does_in_milliseconds(checkpoint: Path) -> None:
+    large = sized_config(Architecture.LLAMA, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8)
+    config = replace(engine_config(checkpoint), model=large, max_batch_tokens=2048)
+    peak = measure_gemm_peak(config, quick=True)
+    assert len(peak.by_shape) == 4
+    assert all(math.prod(shape) <= gemm_peak.QUICK_CPU_PRODUCTS for shape in peak.by_shape)
+    assert peak.flops_per_second >= peak.dense_flops_per_second > 0
 
 
 def test_the_command_writes_its_result_as_json(checkpoint: Path, tmp_path: Path) -> None:
     arguments = f"bench offline {checkpoint} --input-len 16 --output-len 4 --num-requests 8 --threads 1"
     outcome = CliRunner().invoke(app, [*arguments.split(), "--json", str(tmp_path / "result.json")])
     assert outcome.exit_code == 0, outcome.output
-    assert "percent of optimum" in outcome.output
+    assert "percent of optimum" in outcome.output and "where the time went" in outcome.output
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["num_output_tokens"] == 32
     assert result["num_prompt_tokens"] == 128
     assert result["output_tokens_per_second"] == pytest.approx(32 / result["seconds"])
+    losses = result["loss_waterfall"]
+    assert set(losses["loss_seconds"]) == {loss.value for loss in Loss}
+    parts = losses["ideal_seconds"] - losses["skipped_head_seconds"] + sum(losses["loss_seconds"].values())
+    assert parts + losses["unexplained_seconds"] == pytest.approx(losses["wall_seconds"])
 
 
 def test_json_on_stdout_is_nothing_but_json(checkpoint: Path) -> None:

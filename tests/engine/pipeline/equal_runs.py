@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.models import build_model
 from engine.models.decoder import Decoder
+from engine.pipeline.graph import OperationGraph
 from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.lanes import Lanes
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
@@ -48,7 +51,7 @@ class Outcome:
     """How far the pipeline's hidden states and cache are from the plain model's, and which tokens each would draw."""
 
     relative_error: float
-    cache_is_equal: bool
+    cache_error: float
     is_identical: bool
     plain_tokens: list[int]
     pipeline_tokens: list[int]
@@ -73,8 +76,22 @@ def write_checkpoints(folder: Path) -> dict[Architecture, Path]:
     return paths
 
 
+def planned_graph(path: Path, size: int) -> OperationGraph:
+    """The graph that a pipeline of the checkpoint's model plans for, as a rank of `size` has it."""
+    model_config = ModelConfig.from_checkpoint(path)
+    model = build_model(model_config, TensorParallel(0, size), torch.float32, torch.device("cpu"))
+    return Pipeline(model, model_config.hidden_size).graph
+
+
 def compare(
-    path: Path, dtype: DType, batch: RandomBatch, schedule: str, *, overlaps: bool, size: int = 1
+    path: Path,
+    dtype: DType,
+    batch: RandomBatch,
+    schedule: str,
+    *,
+    overlaps: bool,
+    size: int = 1,
+    lanes: Lanes | None = None,
 ) -> Outcome:
     """Both ways over equal caches, on this rank of a group of `size`."""
     model, pipeline, config = _loaded(path, dtype, size)
@@ -85,24 +102,25 @@ def compare(
         step, kv_cache = _step(batch, config)
         plain_TE = model(plain_step)
         cut = parsed.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
-        ordered_TE = pipeline.run(step, parsed, HostLanes(overlaps=overlaps), Stopwatch())
+        ordered_TE = pipeline.run(step, parsed, lanes or HostLanes(overlaps=overlaps), Stopwatch())
         order = torch.from_numpy(cut.positions_of(torch.arange(len(step.tokens)).numpy()))
         hidden_TE = model.norm(ordered_TE[order])
         tokens = [model.logits(states).argmax(dim=-1).tolist() for states in (plain_TE, hidden_TE)]
     caches = zip((*plain_cache.keys, *plain_cache.values), (*kv_cache.keys, *kv_cache.values), strict=True)
-    error = ((hidden_TE - plain_TE).abs().max() / plain_TE.abs().max()).item()
     return Outcome(
-        relative_error=error,
-        cache_is_equal=all(torch.allclose(one, other, rtol=1e-12, atol=1e-14) for one, other in caches),
+        relative_error=_error(hidden_TE, plain_TE),
+        cache_error=max(_error(ours, plain) for plain, ours in caches),
         is_identical=torch.equal(hidden_TE, plain_TE),
         plain_tokens=tokens[0],
         pipeline_tokens=tokens[1],
     )
 
 
-def compare_on_rank(
-    _: object, path: Path, dtype: DType, batch: RandomBatch, schedule: str, overlaps: bool
-) -> Outcome:
+def _error(ours: Tensor, plain: Tensor) -> float:
+    return ((ours - plain).abs().max() / plain.abs().max()).item()
+
+
+def compare_on_rank(_: object, path: Path, dtype: DType, batch: RandomBatch, schedule: str, overlaps: bool) -> Outcome:
     """`compare` as a rank of a `LocalGroup`."""
     return compare(path, dtype, batch, schedule, overlaps=overlaps, size=dist.get_world_size())
 
@@ -162,4 +180,3 @@ def _step(batch: RandomBatch, config: EngineConfig) -> tuple[StepInputs, KVCache
         kv_cache=kv_cache,
     )
     return step, kv_cache
-

@@ -169,7 +169,7 @@ def test_a_tampered_plan_is_rejected(name: str) -> None:
         if item.name in used
         for value in item.inputs
         for output in item.outputs
-        if plan.in_place.get(output) != value and value in (LAYER_INPUT, *_produced(graph, used))
+        if plan.in_place.get(output) != value and value in plan.offsets
     ]
     assert len(pairs) > 5
     for value, output in pairs:
@@ -180,8 +180,15 @@ def test_a_tampered_plan_is_rejected(name: str) -> None:
             verify_buffers(replace(plan, offsets=offsets), schedule, graph)
 
 
-def _produced(graph: OperationGraph, used: set[str]) -> set[str]:
-    return {value for value, producers in graph.producers.items() if used.intersection(producers)}
+def test_a_branch_that_is_not_taken_has_no_memory() -> None:
+    graph = graphs()["two-way"]
+    schedule = sequential(graph, NanoBatch(2, 2), branch=1)
+    plan = _plan(graph, schedule, dict.fromkeys(graph.producers, 128))
+    assert {*graph.producers} - {*plan.offsets} == {"gather_heads", "o_columns"}
+    verify_buffers(plan, schedule, graph)
+    other = sequential(graph, NanoBatch(2, 2), branch=0)
+    with pytest.raises(ScheduleError, match="the plan has no buffer for gather_heads, o_columns"):
+        verify_buffers(plan, other, graph)
 
 
 def test_one_byte_too_near_is_rejected() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ def test_no_wait_is_implied_by_the_others(data: st.DataObject) -> None:
 def test_a_collective_is_issued_as_soon_as_its_inputs_are(data: st.DataObject) -> None:
     """Right after the last step that it needs, or after the collective before it."""
     graph = data.draw(any_graph())
-    schedule = data.draw(schedules(graph))
+    schedule = replace(data.draw(schedules(graph)), starts=())
     order = dispatch_order(schedule, graph, 3)
     places = {(dispatch.placed.index, dispatch.layer): place for place, dispatch in enumerate(order)}
     dependencies = Dependencies.of(schedule, graph)
@@ -83,6 +85,26 @@ def test_a_collective_is_issued_as_soon_as_its_inputs_are(data: st.DataObject) -
             needed = [places[producer, layer - lag] for producer, lag in waits if layer >= lag]
             assert place == max([before, *needed]) + 1
             before = place
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_steps_are_issued_in_the_order_of_their_planned_starts(data: st.DataObject) -> None:
+    """The strategy gives starts that respect every dependency, so nothing keeps a step from its place."""
+    graph = data.draw(any_graph())
+    schedule = data.draw(schedules(graph).filter(lambda schedule: bool(schedule.starts)))
+    order = dispatch_order(schedule, graph, 3)
+    queues = {lane: iter(steps) for lane, steps in schedule.lanes.items()}
+    starts = [next(queues[lane]) for lane in schedule.starts]
+    issued = [(layer + placed.step.delay, starts.index(placed.step)) for placed, layer, _ in order]
+    assert issued == sorted(issued)
+
+
+def test_starts_that_contradict_a_dependency_give_way_to_it() -> None:
+    nodes = (node("up", LAYER_INPUT), node("reduce", "up", resource=Resource.NETWORK))
+    schedule = Schedule.parse("nano-batches: 1+0\ncompute: up[0:1]\nnetwork: reduce[0:1]\nstarts: NC\n")
+    order = dispatch_order(schedule, OperationGraph(nodes, "reduce"), 1)
+    assert [placed.step.node for placed, _, _ in order] == ["up", "reduce"]
 
 
 def test_two_nano_batches_compute_while_the_other_communicates() -> None:

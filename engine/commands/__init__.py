@@ -1,0 +1,1 @@
+"""The engine's larger commands, a file each; `engine.cli` mounts them. Torch is imported inside a command."""

@@ -1,0 +1,92 @@
+"""`nanoserve profile`: what the operations of a layer cost on this machine, alone and beside each other."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from tqdm import tqdm
+
+from engine.commands.output_file import check_output_file
+from engine.config import DeviceKind, EngineConfig, PipelineMode
+from engine.model_config import DType, ModelConfig
+
+if TYPE_CHECKING:
+    from engine.worker import Worker
+
+# From so many seconds on there is time for the finer grid.
+THOROUGH_SECONDS = 30.0
+
+
+def profile(
+    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A checkpoint folder.")],
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks, each a process of this machine.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="The largest batch to measure.")] = 2048,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help=f"About how long to measure; from {THOROUGH_SECONDS:.0f} on a finer grid.")
+    ] = THOROUGH_SECONDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=check_output_file,
+            help="What is there is gone on with (default: in the user's cache).",
+        ),
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    device: Annotated[DeviceKind, typer.Option()] = DeviceKind.CPU,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
+) -> None:
+    """Measure the operations of a layer for `plan --profile`; interrupted, it goes on where it stopped."""
+    from engine.local_group import LocalGroup
+    from engine.pipeline.profile import Profile
+    from engine.pipeline.profile_summary import profile_summary
+
+    model_config = ModelConfig.from_checkpoint(model)
+    max_model_len = min(2048, model_config.max_position_embeddings)
+    config = EngineConfig(
+        model=model_config,
+        checkpoint=model,
+        dtype=dtype or model_config.dtype,
+        device=device,
+        tensor_parallel=tensor_parallel,
+        max_model_len=max_model_len,
+        max_batch_tokens=tokens,
+        max_sequences=min(256, tokens),
+        num_blocks=-(-max_model_len // 16),
+        num_threads=threads,
+        pipeline=PipelineMode.SEQUENTIAL,
+    )
+    with LocalGroup(config) as group:
+        path = group.run(measure, out, seconds)[0]
+    typer.echo(f"{profile_summary(Profile.read(path))}\n\nWritten to {path}")
+
+
+def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
+    """One rank's part; every rank of a group runs it at the same time. The file that holds the profile."""
+    import torch
+
+    from engine.pipeline.fingerprint import fingerprint_of
+    from engine.pipeline.plan_store import PlanStore
+    from engine.pipeline.profiler import QUICK, THOROUGH, Profiler
+
+    traced, config = worker.runner.pipeline.traced, worker.config
+    fingerprint = fingerprint_of(config, traced.graph.signature, worker.tensor_parallel)
+    profiler = Profiler(
+        traced,
+        config,
+        worker.tensor_parallel,
+        torch.device(config.device.value),
+        fingerprint,
+        replace(QUICK if seconds < THOROUGH_SECONDS else THOROUGH, seconds=seconds),
+    )
+    chosen = path or PlanStore().profile_path(fingerprint)
+    is_first = worker.tensor_parallel.rank == 0
+    with tqdm(desc="measured", unit="operation", disable=None if is_first else True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        profiler.profile(chosen, show)
+    return chosen

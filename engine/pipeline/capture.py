@@ -1,0 +1,86 @@
+"""`CapturedRun`: a computation of fixed shapes as a CUDA graph: recorded once, then launched as a whole.
+
+What it reads and writes from outside, inputs and buffers, belongs to the caller, who keeps it where it is and changes
+it in place. All graphs of one `Captures` share a memory pool, as at most one of them runs at a time.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class CaptureError(RuntimeError):
+    """The computation waits for the device somewhere, which a graph cannot."""
+
+
+class Captures:
+    """Makes captured runs on one device, all on one stream and in one memory pool; one thread at a time.
+
+    Other threads may go on using the device meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], Result]) -> "CapturedRun[Result]":
+        """Call `run` three times, twice for real and the last time to record what it launches.
+
+        Streams that it uses must branch off the current one and join it again. Raises `CaptureError` where it waits
+        for the device: that is found out before anything is recorded, because a recording that breaks off leaves
+        torch's allocator in a state of its own.
+        """
+        caller = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()  # libraries initialise themselves, buffers are made
+                with _without_waiting():
+                    run()
+        except CaptureError:
+            torch.cuda.synchronize(self._stream.device)  # it broke off before its streams were joined
+            raise
+        caller.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local, as NCCL's watchdog thread looks at events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = run()
+        return CapturedRun(graph, result, run)
+
+
+class CapturedRun(Generic[Result]):
+    """What `Captures.capture` returns."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Result, run: Callable[[], Result]) -> None:
+        self._graph = graph
+        self._result = result
+        self._run = run  # keeps alive what the graph reads
+
+    def replay(self) -> Result:
+        """Queue the whole computation on the current stream. Results that `run` made itself, rather than wrote into
+        the caller's buffers, last until any run of the same `Captures` is replayed.
+        """
+        self._graph.replay()
+        return self._result
+
+
+@contextmanager
+def _without_waiting() -> Iterator[None]:
+    """Where torch would wait for the device it raises instead (collectives are not looked at)."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that not all waiting is found
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise CaptureError(f"This cannot become a CUDA graph, because it waits for the device: {error}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,36 @@
+"""`Lanes`: what runs the steps of a schedule on a device; every device has its own kind."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from engine.pipeline.dispatch import Dispatch
+from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.layer_program import LayerProgram
+from engine.pipeline.stopwatch import Stopwatch
+from engine.pipeline.stream_lanes import StreamLanes
+from engine.pipeline.values import Values
+
+
+class Lanes(Protocol):
+    """Runs the layers of one rank; a step is begun after the one before was begun, from the same thread."""
+
+    def run(
+        self,
+        order: Sequence[Dispatch],
+        ranges: Sequence[tuple[int, int]],
+        programs: Sequence[LayerProgram],
+        values: Values,
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Run every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer.
+
+        On return the results are there for what the calling thread computes next.
+        """
+        ...
+
+
+def lanes_for(device: torch.device, *, overlaps: bool) -> Lanes:
+    """The lanes of a device; with `overlaps` False they take turns."""
+    return StreamLanes(device, overlaps=overlaps) if device.type == "cuda" else HostLanes(overlaps=overlaps)

@@ -1,0 +1,157 @@
+"""`PlanRequest`: what to plan, for people: a model, devices that may be elsewhere, a batch, whose prices."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from engine.batch_shape import BatchShape
+from engine.errors import ConfigError
+from engine.model_config import DType, ModelConfig
+from engine.operation import Resource
+from engine.pipeline.cost_model import CostModel, Mode
+from engine.pipeline.devices import CPU, DeviceSpec
+from engine.pipeline.operation_table import OperationTable, operation_table
+from engine.pipeline.placement import CPU_LANES, GPU_LANES
+from engine.pipeline.plan import Plan, SearchState
+from engine.pipeline.planned_model import trace_planned_layer
+from engine.pipeline.planner import plan
+from engine.pipeline.profile import MeasuredCosts, NodeProfile, Profile
+from engine.pipeline.roofline import RooflineCosts
+from engine.pipeline.schedule import Lane
+from engine.pipeline.tracer import TracedLayer
+from engine.pipeline.unit_sharing import SHARINGS, SharingName
+
+_TOKEN_MULTIPLE, _NANO_BATCH_SIZES = 128, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """Requests of p prompt and d output tokens settle at the batch that is planned for (`BatchShape.steady`).
+
+    `profile` None: prices are estimated from `device`. `sharing` None: shares and speeds are those of the profile or
+    else of the device. Raises `ConfigError` for a profile of another layer or number format.
+    """
+
+    name: str
+    model: ModelConfig
+    device: DeviceSpec
+    num_devices: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    dtype: DType
+    profile: Profile | None = None
+    sharing: SharingName | None = None
+
+    @property
+    def shape(self) -> BatchShape:
+        """The batch, in whole tokens."""
+        shape = BatchShape.steady(self.num_tokens, self.num_prompt_tokens, self.num_output_tokens)
+        num_decodes = round(shape.num_decodes)
+        return shape.part(num_decodes, self.num_tokens - num_decodes)
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an activation."""
+        return self.dtype.num_bytes
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """What the devices can run side by side."""
+        return CPU_LANES if self.device.name == CPU else GPU_LANES
+
+    @cached_property
+    def traced(self) -> TracedLayer:
+        """Of the layers that differ, the most frequent kind."""
+        kinds = [(self.model.is_sparse(layer), self.model.sliding_window(layer)) for layer in range(self.num_layers)]
+        return trace_planned_layer(self.model, self.num_devices, kinds.index(Counter(kinds).most_common(1)[0][0]))
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model; all are taken to be of the most frequent kind."""
+        return self.model.num_layers
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """The prices that the planner is given."""
+        if self.sharing not in (None, SharingName.NONE) and self.lanes is CPU_LANES:
+            raise ConfigError("The operations of a CPU do not divide its units: leave out the table of shares.")
+        if self.profile is None:
+            device = replace(self.device, sharing=None) if self.sharing is SharingName.NONE else self.device
+            table = None if self.sharing is None else SHARINGS[self.sharing]
+            return RooflineCosts(self.traced, device, self.num_devices, self.element_bytes, table)
+        signature = self.traced.graph.signature
+        if self.profile.layer not in (None, signature):
+            raise ConfigError(
+                f"The profile ({self.profile.source}) is of another layer than that of {self.name} on "
+                f"{self.num_devices} devices: profile this model with as many ranks."
+            )
+        if self.profile.element_bytes != self.element_bytes:
+            raise ConfigError(
+                f"The profile ({self.profile.source}) is of {8 * self.profile.element_bytes}-bit numbers, but "
+                f"{self.dtype} has {8 * self.element_bytes}: choose the dtype that was profiled."
+            )
+        return MeasuredCosts(self._shared(self.profile), self.traced.graph)
+
+    @cached_property
+    def table(self) -> OperationTable:
+        """What each operation of a step asks of the devices at their peaks; of several branches the first."""
+        unused = {node.name for node in self.traced.graph.nodes if node.branch in self.traced.graph.branches[1:]}
+        table = operation_table(
+            self.traced,
+            self.shape,
+            self._known_device,
+            num_devices=self.num_devices,
+            num_layers=self.num_layers,
+            element_bytes=self.element_bytes,
+        )
+        return OperationTable(tuple(row for row in table.rows if row.name not in unused))
+
+    def price(self, node: str) -> float:
+        """Seconds of a node for the whole batch in all layers of a step, alone, by the cost model."""
+        return self.num_layers * self.costs.seconds(self.traced.graph.by_name[node], self.shape)
+
+    def answer(self, seconds: float, progress: Callable[[SearchState], None] = lambda state: None) -> Plan:
+        """Search for about so long. Raises `ConfigError` where OR-tools is not installed."""
+        assert self.table.rows  # what the device cannot do is refused here, before the search
+        return plan(
+            self.traced.graph,
+            self.costs,
+            self.shape,
+            num_layers=self.num_layers,
+            lanes=self.lanes,
+            seconds=seconds,
+            token_multiple=min(_TOKEN_MULTIPLE, -(-self.num_tokens // _NANO_BATCH_SIZES)),
+            progress=progress,
+        )
+
+    def _shared(self, profile: Profile) -> Profile:
+        """The profile with the speeds of another table, or without any loss by sharing."""
+        if self.sharing is None:
+            return profile
+        table = SHARINGS[self.sharing]
+        nodes = {
+            node.name: NodeProfile(
+                profile.nodes[node.name].samples,
+                ()
+                if table is None
+                else tuple(Mode(share, speed) for share, speed in enumerate(table.speeds(node.resource), 1)),
+            )
+            for node in self.traced.graph.nodes
+            if node.name in profile.nodes
+        }
+        source = f"{profile.source}; speeds of shared units: {'no loss' if table is None else table.name}"
+        return replace(profile, source=source, nodes=nodes, interference=())
+
+    @property
+    def _known_device(self) -> DeviceSpec:
+        """The device; where nothing is known of its network, with the rate that the profile's collectives reached."""
+        network = [node for node in self.traced.graph.nodes if node.resource is Resource.NETWORK]
+        if self.device.network_bandwidth is not None or self.profile is None or not network:
+            return self.device
+        rate = max(
+            self.traced.work(node, self.shape, self.element_bytes).network_bytes / self.costs.seconds(node, self.shape)
+            for node in network
+        )
+        return replace(self.device, network_bandwidth=rate)

@@ -1,0 +1,47 @@
+"""A `Profile` for people: what each operation costs by the number of tokens, and what it loses beside others."""
+
+from collections.abc import Mapping, Sequence
+
+from engine.pipeline.profile import NodeProfile, Profile, Sample
+
+_MOST_COLUMNS = 8
+
+
+def profile_summary(profile: Profile) -> str:
+    """Where it is from, tables of milliseconds, and speeds in pairs."""
+    tables: dict[tuple[int, ...], list[str]] = {}
+    for name, node in profile.nodes.items():
+        for context, samples in _by_context(node).items():
+            title = name if context == 0 else f"{name}, context {context:g}"
+            kept = _thinned(sorted(samples, key=lambda sample: sample.shape.num_tokens))
+            sizes = tuple(int(sample.shape.num_tokens) for sample in kept)
+            tables.setdefault(sizes, []).append(_line(title, [f"{1e3 * sample.seconds:.4g}" for sample in kept]))
+    parts = [f"{profile.source}; {8 * profile.element_bytes}-bit numbers"]
+    parts += [
+        "\n".join([_line("milliseconds for tokens:", list(map(str, sizes))), *lines]) for sizes, lines in tables.items()
+    ]
+    if profile.interference:
+        parts.append("\n".join(["speed beside another, of that alone:", *_pairs(profile)]))
+    return "\n\n".join(parts)
+
+
+def _by_context(node: NodeProfile) -> Mapping[float, list[Sample]]:
+    found: dict[float, list[Sample]] = {}
+    for sample in node.samples:
+        found.setdefault(max(sample.shape.decode_context, sample.shape.prefill_context), []).append(sample)
+    return found
+
+
+def _thinned(samples: Sequence[Sample]) -> list[Sample]:
+    """At most so many as fit a terminal, evenly, the largest among them."""
+    step = -(-len(samples) // _MOST_COLUMNS)
+    return list(samples[::-1][::step][::-1])
+
+
+def _line(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<36}" + "".join(f"{cell:>9}" for cell in cells)
+
+
+def _pairs(profile: Profile) -> list[str]:
+    speeds = {(pair.node, pair.beside): pair.speed for pair in profile.interference}
+    return [f"{f'{node} beside {beside}':<60}{100 * speed:>5.0f} %" for (node, beside), speed in speeds.items()]
