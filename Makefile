@@ -23,6 +23,10 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 TORCH ?=
 TORCH_PINNED = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
+# What `make gpu` measures (default: everything), and further arguments, such as ARGS="--json FILE".
+PART ?=
+ARGS ?=
+
 .PHONY: help install serve test test-slow test-all test-gpu gpu lint format types imports check constraints clean
 
 help:  ## list the targets
@@ -70,12 +74,12 @@ test-slow: install  ## run the slow tests
 test-all: install  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not multi_gpu"
 
-gpu:  ## measure on one CUDA device; PYTHON=python3 uses that Python as it is and installs nothing
+gpu:  ## measure on one CUDA device; PART=pipeline for a part of it; PYTHON=python3 uses that Python and installs nothing
 ifeq ($(origin PYTHON),command line)
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m benchmarks.gpu $(addprefix --part ,$(PART)) $(ARGS)
 else
 	$(MAKE) install
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu $(addprefix --part ,$(PART)) $(ARGS)
 endif
 
 test-gpu: install  ## run the tests that need a GPU

@@ -1,10 +1,11 @@
 """What the engine does on one CUDA device: right first, then how fast. `make gpu` runs it; no Ray and no network.
 
-    python benchmarks/gpu.py [--part correctness|throughput] [--json FILE]
+    python -m benchmarks.gpu [--part correctness|pipeline|throughput] [--schedules DIR] [--json FILE]
 
 Correctness: every architecture, tiny and random, through the whole engine on the CPU and on the GPU in float32 (no
-TF32): the same greedy and sampled tokens. Throughput: Llama-3-8B shapes with random weights in bfloat16, against the
-GEMM peak measured in the same run. Rows go to docs/GPU.md with the date and the versions printed here.
+TF32): the same greedy and sampled tokens. Pipeline: see `benchmarks.gpu_pipeline`. Throughput: Llama-3-8B shapes with
+random weights in bfloat16, against the GEMM peak measured in the same run. Rows go to docs/GPU.md with the date and
+the versions printed here.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_pipeline import check_pipeline, measure_pipeline
 from engine import DeviceKind, DType, EngineConfig, LLMEngine, ModelConfig, Request, RequestId, SamplingParams
 from engine.inline_executor import InlineExecutor
 from engine.model_config import Architecture
@@ -27,7 +29,7 @@ from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.workloads.length_distribution import LengthRange
 from engine.workloads.workload_source import WorkloadSource
 
-PARTS = ("correctness", "throughput")
+PARTS = ("correctness", "pipeline", "throughput")
 PROMPT_LENGTHS = (1, 7, 16, 33, 100, 250, 400)
 WORKLOADS = ((1024, 512), (512, 512), (161, 338))
 NUM_REQUESTS = 1536
@@ -141,9 +143,10 @@ def measure_throughput(root: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Run the chosen parts; 1 where the GPU computes something else than the CPU."""
+    """Run the chosen parts; 1 where something computed is wrong, 2 where nothing can be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--schedules", type=Path, help="a folder of planned schedules for the pipeline part")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -158,7 +161,13 @@ def main() -> int:
         for part in arguments.part or PARTS:
             print(f"{part}:", flush=True)
             if part == "correctness":
-                result[part], is_right = check_correctness(Path(name))
+                result[part], is_equal = check_correctness(Path(name))
+                is_right &= is_equal
+            elif part == "pipeline":
+                device = torch.device("cuda", torch.cuda.current_device())
+                checks, is_equal = check_pipeline(device)
+                is_right &= is_equal
+                result[part] = {"checks": checks, "timings": measure_pipeline(device, arguments.schedules)}
             else:
                 result[part] = measure_throughput(Path(name))
     if arguments.json is not None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from engine import ConfigError, DeviceKind, DType, EngineConfig, ModelConfig
+from engine import ConfigError, DeviceKind, DType, EngineConfig, ModelConfig, PipelineMode
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -67,6 +67,8 @@ class ServingConfig(BaseModel):
     block_size: Count = 16
     cache: ByteSize | None = None  # bytes of KV cache per rank; most of a GPU's free memory, 1 GiB on a CPU
     prefix_caching: bool = True
+    pipeline: PipelineMode = PipelineMode.OVERLAP  # how a step runs through the layers; see docs/pipeline.md
+    plan_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 45.0  # to plan at the first start; 0: never
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -131,6 +133,8 @@ class ServingConfig(BaseModel):
             cache_bytes=self.cache,
             prefix_caching=self.prefix_caching,
             num_threads=self.threads or num_threads,
+            pipeline=self.pipeline,
+            plan_seconds=self.plan_seconds,
         )
 
 

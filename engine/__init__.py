@@ -8,7 +8,7 @@ This module is the port: everything another package needs. It imports no torch; 
 """
 
 from engine.batch import Admission, Batch, StepOutput, StepTimes
-from engine.config import DeviceKind, EngineConfig
+from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import (
     CapacityError,
     CheckpointError,
@@ -56,6 +56,7 @@ __all__ = [
     "ModelConfig",
     "NanoserveError",
     "OutputSink",
+    "PipelineMode",
     "PlannedRequest",
     "Request",
     "RequestError",

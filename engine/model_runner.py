@@ -47,7 +47,7 @@ class ModelRunner:
         self._lanes = lanes_for(device, overlaps=config.pipeline is PipelineMode.OVERLAP)
         self.plans = PlanChoice(pipeline.sequential, plans)
         self._kv_cache = kv_cache
-        self._device = device
+        self.device = device
         self._returns_logprobs = returns_logprobs
         self._pool = TokenPool(
             max_sequences=config.max_sequences,
@@ -60,10 +60,15 @@ class ModelRunner:
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def use(self, plans: PlanChoice, *, overlaps: bool) -> None:
+        """Run the steps from now on by other plans; benchmarks compare modes on one model with it."""
+        self.plans = plans
+        self._lanes = lanes_for(self.device, overlaps=overlaps)
+
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         """Start one step; on a CPU it is over on return."""
-        clock = StepClock(self._device)
+        clock = StepClock(self.device)
         stopwatch = Stopwatch()
         num_prefills = batch.num_tokens - batch.num_decodes
         name, schedule = self.plans.of(batch.num_decodes, num_prefills)
@@ -74,7 +79,7 @@ class ModelRunner:
         sampled_rows = batch.rows[batch.sampled].astype(np.int64)
         plan = self._sampling.plan(sampled_rows, lengths[batch.sampled], self._returns_logprobs)
         arrays = {**_update_arrays(batch), **_step_arrays(batch, lengths, cut), **plan.arrays}
-        staged = stage(arrays, self._device)
+        staged = stage(arrays, self.device)
         self._pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
         self._pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
         drawn = None
@@ -83,7 +88,7 @@ class ModelRunner:
             if len(batch.sampled):
                 drawn = self._draw(hidden_TE, plan, staged, stopwatch)
         clock.stop()
-        times = stopwatch.times() if self._device.type == "cpu" else None
+        times = stopwatch.times() if self.device.type == "cpu" else None
         return PendingStep(batch.step, plan, drawn, clock, self._copies, plan_name=name, times=times)
 
     def _draw(self, hidden_TE: Tensor, plan: SamplingPlan, staged: dict[str, Tensor], stopwatch: Stopwatch) -> Drawn:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.batch_shape import BatchShape
-from engine.config import DeviceKind, PipelineMode
+from engine.config import PipelineMode
 from engine.errors import ConfigError
 from engine.local_group import LocalGroup
-from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.lanes import Lanes, lanes_for
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.plan_choice import SEQUENTIAL
 from engine.pipeline.rank_agreement import RankAgreement
@@ -101,16 +101,19 @@ def record_steps(
     """One rank's part; every rank of a group runs it at the same time."""
     name, schedule = _chosen(worker, shape, schedule_text, mode)
     config = worker.config
-    if config.device is not DeviceKind.CPU:
-        raise ConfigError("A step is recorded by the host's clock, which tells only what runs on a CPU.")
     pipeline, device = worker.runner.pipeline, torch.device(config.device.value)
     ranks = RankAgreement(worker.tensor_parallel, device)
     num_cached = int(shape.num_decodes * shape.decode_context + shape.num_prefills + shape.prefill_context)
     cache = synthetic_cache(config, num_cached + config.max_model_len, device)
     step = synthetic_step(shape, config.max_model_len, cache, device)
 
-    def run(plan: Schedule, stopwatch: Stopwatch, *, overlaps: bool) -> None:
-        pipeline.run(step, plan, HostLanes(overlaps=overlaps), stopwatch)
+    one_lane = lanes_for(device, overlaps=False)
+    lanes = lanes_for(device, overlaps=mode is PipelineMode.OVERLAP)
+
+    def run(plan: Schedule, on: Lanes, stopwatch: Stopwatch) -> None:
+        pipeline.run(step, plan, on, stopwatch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     begins: list[float] = []
     events: list[tuple[TimelineEvent, ...]] = []
@@ -119,12 +122,12 @@ def record_steps(
         for number in range(-NUM_WARM_UPS, repetitions):
             ranks.meet()
             started = Stopwatch.now()
-            run(pipeline.sequential, Stopwatch(), overlaps=False)
+            run(pipeline.sequential, one_lane, Stopwatch())
             seconds = Stopwatch.now() - started
             ranks.meet()
             began = Stopwatch.now()
             stopwatch = Stopwatch(rank=worker.tensor_parallel.rank, records_events=True)
-            run(schedule, stopwatch, overlaps=mode is PipelineMode.OVERLAP)
+            run(schedule, lanes, stopwatch)
             if number >= 0:
                 sequential.append(seconds)
                 begins.append(began)

@@ -48,6 +48,12 @@ def plan(
         SharingName | None,
         typer.Option(help="Speeds with a part of the execution units (default: the profile's, or the paper's)."),
     ] = None,
+    gather: Annotated[
+        bool,
+        typer.Option(
+            "--gather", help="Consider gathering before attention's projection, too; the engine reduces after it."
+        ),
+    ] = False,
     dtype: Annotated[DType | None, typer.Option(help="Number format (default: the model's).")] = None,
     network: Annotated[
         float | None, typer.Option(min=0.001, help="Gigabytes per second that a device sends (default: what is known).")
@@ -85,6 +91,7 @@ def plan(
         dtype=chosen_dtype,
         profile=None if profile is None else Profile.read(profile),
         sharing=sharing,
+        considers_gather=gather,
     )
     with _SearchBar(seconds) as bar:
         report = PlanReport(request, request.answer(seconds, bar.show))

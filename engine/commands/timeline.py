@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.commands.output_file import JsonFile, PictureFile, check_output_file, write_result
-from engine.config import EngineConfig, PipelineMode
+from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
 from engine.pipeline.schedule import Schedule, ScheduleError
@@ -32,6 +32,7 @@ def timeline(
     ] = 2048,
     repetitions: Annotated[int, typer.Option(min=1, help="Of which the one of median length is shown.")] = 9,
     dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    device: Annotated[DeviceKind, typer.Option()] = DeviceKind.CPU,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
     perfetto: Annotated[
         Path | None,
@@ -40,7 +41,7 @@ def timeline(
     png: PictureFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Record one step of a model on this machine's CPU: what ran when, on which lane of which rank.
+    """Record one step of a model on this machine: what ran when, on which lane of which rank.
 
     The step is made up, of random keys, values and lengths; all that it computes and sends is real.
     """
@@ -60,32 +61,42 @@ def timeline(
         decode_context=context,
         prefill_context=context,
     )
-    is_chosen_by_engine = given is None and mode is not PipelineMode.SEQUENTIAL
-    model_config = ModelConfig.from_checkpoint(model)
-    max_model_len = min(model_config.max_position_embeddings, max(2048, 2 * context))
-    if context > max_model_len / 2:
-        raise ConfigError(f"--context {context} is too long: at most half of the model's {max_model_len} positions.")
+    of_engine = given is None and mode is not PipelineMode.SEQUENTIAL
     config = EngineConfig(
-        model=model_config,
-        checkpoint=model,
-        dtype=dtype or model_config.dtype,
+        **_model(model, dtype, context),
+        device=device,
         tensor_parallel=tensor_parallel,
-        max_model_len=max_model_len,
-        max_batch_tokens=max(tokens, max_batch_tokens) if is_chosen_by_engine else tokens,
+        max_batch_tokens=max(tokens, max_batch_tokens) if of_engine else tokens,
         max_sequences=min(256, tokens),
-        num_blocks=-(-max_model_len // 16),
         num_threads=threads,
-        pipeline=PipelineMode.OVERLAP if is_chosen_by_engine else PipelineMode.SEQUENTIAL,
+        pipeline=PipelineMode.OVERLAP if of_engine else PipelineMode.SEQUENTIAL,
     )
     with LocalGroup(config) as group:
         recording = StepRecording.of(group, shape, given, mode, repetitions)
-    title = f"{model.resolve().name}, {tensor_parallel} rank(s), {tokens:,} tokens ({num_decodes:,} decodes), {mode}"
+    ranks = f"{tensor_parallel} ranks on {device}" if tensor_parallel > 1 else f"1 rank on {device}"
+    title = f"{model.resolve().name}, {ranks}, {tokens:,} tokens ({num_decodes:,} decodes), {mode}"
     recording = recording.titled(title)
     if perfetto is not None:
         write_trace(recording.timeline, perfetto)
     if png is not None:
         write_picture(recording.timeline, png, recording.heading)
     write_result(_json(recording, shape, config, mode), "" if json_file == "-" else _summary(recording), json_file)
+
+
+def _model(checkpoint: Path, dtype: DType | None, context: int) -> dict[str, Any]:
+    """The model's part of a configuration, with a cache for one sequence: the step brings its own."""
+    model = ModelConfig.from_checkpoint(checkpoint)
+    max_model_len = min(model.max_position_embeddings, max(2048, 2 * context))
+    if context > max_model_len / 2:
+        raise ConfigError(f"--context {context} is too long: at most half of the model's {max_model_len} positions.")
+    num_blocks = -(-max_model_len // EngineConfig.block_size)
+    return {
+        "model": model,
+        "checkpoint": checkpoint,
+        "dtype": dtype or model.dtype,
+        "max_model_len": max_model_len,
+        "num_blocks": num_blocks,
+    }
 
 
 def _read(path: Path) -> Schedule:
@@ -102,6 +113,7 @@ def _json(recording: "StepRecording", shape: "BatchShape", config: EngineConfig,
     timeline = recording.timeline
     return {
         "model": config.checkpoint.resolve().name,
+        "device": config.device.value,
         "tensor_parallel": config.tensor_parallel,
         "num_threads": config.threads_per_rank,
         "dtype": config.dtype.value,

@@ -98,8 +98,9 @@ class MixtureOfExperts(nn.Module):
 def grouped_linear(sorted_SI: Tensor, weight_XOI: Tensor, ends_X: Tensor) -> Tensor:
     """Multiply rows ends[x - 1] .. ends[x] - 1 by the transpose of weight[x]: [S, I] -> [S, O].
 
-    PyTorch's grouped GEMM needs no synchronisation with the device, but takes no float64 and wants rows of a multiple
-    of 16 bytes; the loop over the experts that have tokens is for what it does not take.
+    PyTorch's grouped GEMM takes no float64 and wants rows of a multiple of 16 bytes; the loop over the experts that
+    have tokens is for what it does not take. On a GPU, in anything but bfloat16 on Hopper or Blackwell, it reads `ends`
+    on the host: the host then waits for the device, and such a model cannot become a CUDA graph.
     """
     row_bytes = weight_XOI.shape[2] * weight_XOI.element_size()
     if sorted_SI.dtype is not torch.float64 and row_bytes % 16 == 0:

@@ -21,7 +21,7 @@ _TOLERANCE = 1e-6  # of the solver's numbers, relative
 
 @dataclass(frozen=True, slots=True)
 class ConfigurationBound:
-    """`seconds` of a period at least. Of the solution that takes so long: each nano-operation's mean speed and shares."""
+    """`seconds` of a period at least, and each nano-operation's mean speed and its shares in the solution so short."""
 
     seconds: float
     speeds: tuple[float, ...]
@@ -29,7 +29,7 @@ class ConfigurationBound:
 
 
 def simple_bound(instance: Instance, sharing: Sharing) -> float:
-    """The most of: work on a lane, work of a nano-batch that is one after the other, units times time over all units."""
+    """The most of: work on a lane, a nano-batch's chain of work, and units times time over all units."""
     operations = instance.operations
     best = [max(mode.speed for mode in sharing.modes(operation.node)) for operation in operations]
     seconds = [operation.seconds / speed for operation, speed in zip(operations, best, strict=True)]

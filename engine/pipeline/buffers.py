@@ -1,20 +1,21 @@
 """`BufferPlan`: where every value that passes between nodes lies in one arena, which serves all layers.
 
 A value has a place for the rows of the whole batch, in the order of the cut, so that a consumer cut otherwise than
-the producer reads a slice and nothing is copied. Places may have bytes in common where the rows that meet there are
-never live at the same time (`find_lifetimes`). The layer's input and its output are one value, handed from layer to
-layer.
+the producer reads a slice and nothing is copied. Places may have bytes in common where no rows of the one are ever
+live at the same time as rows of the other (`find_lifetimes`). Rows of different nano-batches are not told apart there:
+a schedule is scaled to every batch anew, and so is its arena, which must not be planned in every step. The layer's
+input and its output are one value, handed from layer to layer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.lifetimes import Lifetime, find_lifetimes
 from engine.pipeline.schedule import Schedule, ScheduleError
 
-ALIGNMENT = 256
+ALIGNMENT = 64
 _MAX_ROUNDS = 4
 
 
@@ -26,7 +27,7 @@ class BufferPlan:
 
     What goes into the first layer is written to `LAYER_INPUT` of layer 0, and what comes out is found in the graph's
     output of the last layer. A value of `in_place` is written over the one that it maps to. `widths` count elements
-    of a token; all else is in bytes. A plan holds for the very schedule that it was made for, not for scaled ones.
+    of a token; all else is in bytes, for a batch of `num_tokens`.
     """
 
     offsets: Mapping[str, tuple[int, ...]]
@@ -42,6 +43,18 @@ class BufferPlan:
         """What the values of one layer take if each has memory of its own."""
         widths = (width for value, width in self.widths.items() if value != LAYER_INPUT)
         return sum(widths) * self.num_tokens * self.element_bytes
+
+    def scaled(self, num_tokens: int) -> "BufferPlan":
+        """The plan of the same schedule, scaled to a batch of so many tokens."""
+        return replace(
+            self,
+            offsets={
+                value: tuple(offset // self.num_tokens * num_tokens for offset in copies)
+                for value, copies in self.offsets.items()
+            },
+            num_tokens=num_tokens,
+            num_bytes=self.num_bytes // self.num_tokens * num_tokens,
+        )
 
     def address(self, value: str, layer: int, row: int = 0) -> int:
         """The byte of the arena where a row of the value begins in this layer."""
@@ -72,13 +85,12 @@ def plan_buffers(
     owners = _owners(graph, widths, {**joined, **in_place})
     lifetimes = find_lifetimes(schedule, graph, owners, in_place, num_layers)
     row_bytes = {owner: widths[owner] * element_bytes for owner in owners.values()}
-    sizes = {
-        (lifetime.owner, lifetime.copy): row_bytes[lifetime.owner] * schedule.cut.num_tokens for lifetime in lifetimes
-    }
+    sizes = {(lifetime.owner, lifetime.copy): row_bytes[lifetime.owner] for lifetime in lifetimes}
     places = _best_offsets(sizes, _forbidden(lifetimes, row_bytes))
+    num_tokens = schedule.cut.num_tokens
     copies: dict[str, list[int]] = {}
     for owner, copy in sorted(places):
-        copies.setdefault(owner, []).append(places[owner, copy])
+        copies.setdefault(owner, []).append(places[owner, copy] * num_tokens)
     offsets = {value: tuple(copies[owner]) for value, owner in owners.items() if owner in copies}
     output = offsets[graph.output]
     return BufferPlan(
@@ -86,9 +98,9 @@ def plan_buffers(
         widths={**{value: widths[value] for value in offsets}, LAYER_INPUT: widths[graph.output]},
         in_place=dict(in_place),
         element_bytes=element_bytes,
-        num_tokens=schedule.cut.num_tokens,
+        num_tokens=num_tokens,
         num_layers=num_layers,
-        num_bytes=_end(places, sizes),
+        num_bytes=_end(places, sizes) * num_tokens,
     )
 
 
@@ -106,23 +118,19 @@ def _owners(graph: OperationGraph, widths: Mapping[str, int], shared: Mapping[st
 
 
 _Place = tuple[str, int]  # an owner and one of its copies
-# For two places, the open intervals in which the second's offset minus the first's must not lie.
-_Forbidden = Mapping[tuple[_Place, _Place], Sequence[tuple[int, int]]]
+# For two places, the open interval in which the second's offset minus the first's must not lie.
+_Forbidden = Mapping[tuple[_Place, _Place], tuple[int, int]]
 
 
 def _forbidden(lifetimes: Sequence[Lifetime], row_bytes: Mapping[str, int]) -> _Forbidden:
-    """Where two places must not lie towards each other: rows that may be live together would share a byte."""
-    found: dict[tuple[_Place, _Place], list[tuple[int, int]]] = {}
+    """Where two places must not lie towards each other, in bytes of a token: they would share one while both live."""
+    found: dict[tuple[_Place, _Place], tuple[int, int]] = {}
     for first, second in combinations(lifetimes, 2):
         one, other = (first.owner, first.copy), (second.owner, second.copy)
-        if one == other:  # other rows of the same place
+        if one == other or (one, other) in found or not first.meets(second):  # the same place, or known
             continue
         mine, others = row_bytes[first.owner], row_bytes[second.owner]
-        low, high = first.start * mine - second.stop * others, first.stop * mine - second.start * others
-        if any(begin <= low and high <= end for begin, end in found.get((one, other), [])) or not first.meets(second):
-            continue
-        found.setdefault((one, other), []).append((low, high))
-        found.setdefault((other, one), []).append((-high, -low))
+        found[one, other], found[other, one] = (-others, mine), (-mine, others)
     return found
 
 
@@ -150,7 +158,8 @@ def _first_fit(order: Sequence[_Place], forbidden: _Forbidden) -> dict[_Place, i
         taken = sorted(
             (begin + offset, end + offset)
             for other, offset in offsets.items()
-            for begin, end in forbidden.get((other, place), ())
+            if (other, place) in forbidden
+            for begin, end in [forbidden[other, place]]
         )
         offset = 0
         for begin, end in taken:

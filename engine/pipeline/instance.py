@@ -1,4 +1,4 @@
-"""`Instance`: one way to cut a layer as a scheduling problem: nano-operations with their times, lanes and precedences."""
+"""`Instance`: a layer, cut in one way, as a scheduling problem: nano-operations with times, lanes and precedences."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

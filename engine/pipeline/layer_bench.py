@@ -7,21 +7,22 @@ zeros, because a sum in place grows with every repetition.
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.layers.collective import CollectiveOperation
 from engine.operation import Resource
-from engine.pipeline.graph import LAYER_INPUT, OperationGraph
-from engine.pipeline.layer_program import BoundNode, LayerProgram, homes
+from engine.pipeline.graph import OperationGraph
+from engine.pipeline.layer_program import BoundNode, LayerProgram, shared_places
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.step_parts import StepParts
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_step
 from engine.pipeline.timer import Load
 from engine.pipeline.tracer import TracedLayer
-from engine.pipeline.values import NUM_COPIES, Values, probe
+from engine.pipeline.values import Values, probe
 from engine.tensor_parallel import Collective
 
 
@@ -46,13 +47,13 @@ class LayerBench:
         initial = torch.randn(num_tokens, traced.hidden_size, dtype=cache.keys[0].dtype, device=device)
         needed = [program.nodes[name] for name in _closure(traced.graph, names)]
         probed = probe(needed, parts, initial)
-        places = dict(homes(traced))
-        buffers = {
-            places[value]: (tensor.new_empty(num_tokens, *tensor.shape[1:]),) * NUM_COPIES
-            for value, tensor in probed.items()
-            if value in places and value != LAYER_INPUT
-        }
-        self._values = Values(buffers, places, traced.graph, parts, initial)
+        in_place, joined = shared_places(traced)
+        places: dict[str, list[Tensor]] = {}
+        for value, tensor in probed.items():
+            owner = {**joined, **in_place}.get(value)
+            if value in traced.graph.producers:
+                places[value] = places[owner] if owner else [tensor.new_empty(num_tokens, *tensor.shape[1:])]
+        self._values = Values(places, traced.graph, parts, initial)
         for bound in needed:
             self._run(bound, num_tokens)
 

@@ -61,27 +61,27 @@ class LayerProgram:
         return cls(traced.graph, nodes)
 
 
-def homes(traced: TracedLayer) -> Mapping[str, str]:
-    """For every value that crosses nodes, the buffer it lies in, named after a value.
+def shared_places(traced: TracedLayer) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Values that lie in another's place: those computed in place, and halves of a join, by the value they lie with.
 
-    The two halves of a join lie in one buffer, and so do the input and the output of an operation in place.
+    An operation in place may write over its input only where nobody else reads that.
     """
-    graph = traced.graph
-    found = {value: value for node in graph.nodes for value in node.outputs}
-    users: dict[str, int] = {}
-    for node in graph.nodes:
+    num_readers: dict[str, int] = {}
+    for node in traced.graph.nodes:
         for value in node.inputs:
-            users[value] = users.get(value, 0) + 1
-    for node in graph.nodes:
+            num_readers[value] = num_readers.get(value, 0) + 1
+    in_place: dict[str, str] = {}
+    joined: dict[str, str] = {}
+    for node in traced.graph.nodes:
         for call in node.calls:
             operation = traced.operations[call.name]
             if operation is None:
                 continue
             if operation.is_join:
-                found |= {value: call.name for value in (*call.inputs, call.name)}
-            elif operation.is_in_place and users.get(call.inputs[0]) == 1 and call.inputs[0] in found:
-                found[call.name] = found[call.inputs[0]]
-    return found
+                joined |= dict.fromkeys(call.inputs[1:], call.inputs[0])
+            elif operation.is_in_place and num_readers.get(call.inputs[0]) == 1:
+                in_place[call.name] = call.inputs[0]
+    return in_place, joined
 
 
 def _cost(operation: Operation | None) -> Cost:

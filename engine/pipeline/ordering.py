@@ -189,5 +189,5 @@ class _OrderModel:
 
 
 def timed_modes(seconds: float, speeds: Sequence[tuple[int, float]], unit: float) -> list[TimedMode]:
-    """(share, speed) pairs as time units, rounded up, at least one."""
+    """What each (share, speed) takes in whole time units: rounded up, and one at least."""
     return [TimedMode(share, max(1, ceil(seconds / speed / unit - 1e-6))) for share, speed in speeds]

@@ -1,8 +1,8 @@
 """`Partition`: how one layer is cut into nano-operations: the nano-batches, their branches, the pieces of the head.
 
-The family that the planner searches: one or two nano-batches with any mix of decodes and prefill tokens on a grid; every
-node in one piece per nano-batch, except those of the head, which may be halved there: the writers of the KV cache, and
-the readers of it that run on another lane (the paper cuts the projection and decode attention in four).
+The family that the planner searches: one or two nano-batches with any mix of decodes and prefill tokens on a grid;
+every node in one piece per nano-batch, except those of the head, which may be halved there: the writers of the KV
+cache, and the readers of it that run on another lane (the paper cuts the projection and decode attention in four).
 """
 
 from collections.abc import Collection, Iterator

@@ -7,24 +7,23 @@ once per schedule. Layers whose graph the schedule was not made for run one oper
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from engine.models.decoder import Decoder
+from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.dispatch import Dispatch, dispatch_order
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.lanes import Lanes
-from engine.pipeline.layer_program import LayerProgram, homes
+from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.sequential import sequential_schedule
 from engine.pipeline.step_parts import StepParts
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.pipeline.tracer import TracedLayer, trace_layer
-from engine.pipeline.values import NUM_COPIES, Values, probe
+from engine.pipeline.values import Values, probe
 from engine.pipeline.verify import verify
 from engine.step_inputs import StepInputs
 
@@ -35,10 +34,6 @@ class _Run:
 
     traced: TracedLayer
     programs: tuple[LayerProgram, ...]
-
-    @cached_property
-    def homes(self) -> dict[str, str]:
-        return dict(homes(self.traced))
 
 
 class Pipeline:
@@ -54,7 +49,8 @@ class Pipeline:
         signatures = [layer.graph.signature for layer in traced]
         self.traced = max(traced, key=lambda layer: signatures.count(layer.graph.signature))
         self._orders: dict[tuple[Schedule, str, int], Sequence[Dispatch]] = {}
-        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._arena = Arena()
+        self._rows: dict[str, RowShapes] = {}
         self._sequential = {run.traced.graph.signature: sequential_schedule(run.traced.graph) for run in self._runs}
 
     @property
@@ -70,8 +66,8 @@ class Pipeline:
     def run(self, step: StepInputs, schedule: Schedule, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
         """Hidden states [T, E] after the last layer, in the order of `schedule.cut`, scaled to the batch.
 
-        The schedule must have passed `verify` and fit the batch. The hidden states are a buffer that the next run
-        writes over.
+        The schedule must have passed `verify` and fit the batch. The hidden states lie where the next run
+        writes.
         """
         cut = schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
         parts = StepParts(step, cut)
@@ -82,13 +78,13 @@ class Pipeline:
         stopwatch.gathered(looked_up, self._embedding.all_reduce)
         for run in self._runs:
             if run is not self._runs[0]:
-                hidden_TE = hidden_TE.clone()  # it lies in a buffer that these layers may write to
+                hidden_TE = hidden_TE.clone()  # it lies where these layers may write
             if run.traced.graph.signature == self.graph.signature:
                 plan, ranges = schedule, _ranges(schedule, cut)
             else:
                 plan = self._sequential[run.traced.graph.signature]
                 ranges = [(0, cut.num_tokens) for _ in plan.steps]
-            values = self._values(run, parts, hidden_TE)
+            values = self._values(run, plan, parts, hidden_TE)
             lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
             hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
         return hidden_TE
@@ -103,17 +99,15 @@ class Pipeline:
             self._orders[key] = dispatch_order(schedule, run.traced.graph, len(run.programs))
         return self._orders[key]
 
-    def _values(self, run: _Run, parts: StepParts, initial: Tensor) -> Values:
-        """The buffers of a run of layers, made at first use and again when a batch is larger than any before."""
-        num_tokens = len(initial)
-        buffers = self._buffers.setdefault(run.traced.graph.signature, {})
-        if not buffers or next(iter(buffers.values())).shape[1] < num_tokens:
+    def _values(self, run: _Run, schedule: Schedule, parts: StepParts, initial: Tensor) -> Values:
+        """The places of a run's values; their shapes are learned from running the first layer once, plainly."""
+        graph = run.traced.graph
+        if graph.signature not in self._rows:
             values = probe(tuple(run.programs[0].nodes.values()), parts, initial)
-            for value, home in run.homes.items():
-                shape = (NUM_COPIES, num_tokens, *values[value].shape[1:])
-                buffers[home] = torch.empty(shape, dtype=values[value].dtype, device=initial.device)
-        views = {home: tuple(buffer[:, :num_tokens]) for home, buffer in buffers.items()}
-        return Values(views, run.homes, run.traced.graph, parts, initial)
+            self._rows[graph.signature] = RowShapes.of({value: values[value] for value in graph.producers})
+        rows = self._rows[graph.signature]
+        places = self._arena.places(schedule, run.traced, len(run.programs), rows, len(initial), initial.device)
+        return Values(places, graph, parts, initial)
 
 
 def _ranges(schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Which lane of a device a node belongs to: one rule for the planner, the schedules without a plan, and the profiler."""
+"""Which lane of a device a node belongs to: the planner's rule, for whoever places nodes."""
 
 from collections.abc import Collection
 

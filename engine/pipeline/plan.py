@@ -12,7 +12,8 @@ from engine.pipeline.schedule import Schedule
 class StopReason(StrEnum):
     """Why a search ended."""
 
-    OPTIMAL = "no partition of the family can be better"
+    OPTIMAL = "no pipeline of the family is shorter, but for the rounding of times"
+    EXHAUSTED = "every partition that could be better was searched, with interference as it is on average"
     TOLERANCE = "what could be better is less than the tolerance"
     TIME = "time was up"
 

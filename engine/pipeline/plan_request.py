@@ -9,6 +9,7 @@ from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
 from engine.operation import Resource
+from engine.pipeline.collective_placement import with_gather_branch
 from engine.pipeline.cost_model import CostModel, Mode
 from engine.pipeline.devices import CPU, DeviceSpec
 from engine.pipeline.operation_table import OperationTable, operation_table
@@ -30,7 +31,8 @@ class PlanRequest:
     """Requests of p prompt and d output tokens settle at the batch that is planned for (`BatchShape.steady`).
 
     `profile` None: prices are estimated from `device`. `sharing` None: shares and speeds are those of the profile or
-    else of the device. Raises `ConfigError` for a profile of another layer or number format.
+    else of the device. With `considers_gather` the planner may gather before attention's projection instead of reducing
+    after it, which the engine does not run. Raises `ConfigError` for a profile of another layer or number format.
     """
 
     name: str
@@ -43,6 +45,7 @@ class PlanRequest:
     dtype: DType
     profile: Profile | None = None
     sharing: SharingName | None = None
+    considers_gather: bool = False
 
     @property
     def shape(self) -> BatchShape:
@@ -63,6 +66,11 @@ class PlanRequest:
 
     @cached_property
     def traced(self) -> TracedLayer:
+        """What is planned: the layer, and where that is wanted the other way to place attention's collective."""
+        return with_gather_branch(self._layer) if self.considers_gather else self._layer
+
+    @cached_property
+    def _layer(self) -> TracedLayer:
         """Of the layers that differ, the most frequent kind."""
         kinds = [(self.model.is_sparse(layer), self.model.sliding_window(layer)) for layer in range(self.num_layers)]
         return trace_planned_layer(self.model, self.num_devices, kinds.index(Counter(kinds).most_common(1)[0][0]))
@@ -81,8 +89,12 @@ class PlanRequest:
             device = replace(self.device, sharing=None) if self.sharing is SharingName.NONE else self.device
             table = None if self.sharing is None else SHARINGS[self.sharing]
             return RooflineCosts(self.traced, device, self.num_devices, self.element_bytes, table)
-        signature = self.traced.graph.signature
-        if self.profile.layer not in (None, signature):
+        if self.considers_gather:
+            raise ConfigError(
+                "A profile holds what a layer does, which is to reduce: gathering instead is planned from estimates, "
+                "without a profile."
+            )
+        if self.profile.layer not in (None, self.traced.graph.signature):
             raise ConfigError(
                 f"The profile ({self.profile.source}) is of another layer than that of {self.name} on "
                 f"{self.num_devices} devices: profile this model with as many ranks."

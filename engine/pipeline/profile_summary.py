@@ -43,5 +43,14 @@ def _line(title: str, cells: Sequence[str]) -> str:
 
 
 def _pairs(profile: Profile) -> list[str]:
+    """A line for each two, in the order in which they were measured."""
     speeds = {(pair.node, pair.beside): pair.speed for pair in profile.interference}
-    return [f"{f'{node} beside {beside}':<60}{100 * speed:>5.0f} %" for (node, beside), speed in speeds.items()]
+    lines: list[str] = []
+    told: set[tuple[str, str]] = set()
+    for (node, beside), speed in speeds.items():
+        if (node, beside) not in told:
+            other = speeds.get((beside, node))
+            back = "" if other is None else f", {100 * other:.0f} % the other"
+            lines.append(f"{node} beside {beside}: {100 * speed:.0f} %{back}")
+            told.add((beside, node))
+    return lines

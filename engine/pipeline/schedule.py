@@ -14,9 +14,9 @@ The text form is exact, `Schedule.parse(str(schedule)) == schedule`:
     starts: CCNC
 
 `480+288` is a nano-batch of 480 decodes and 288 prefill tokens; `[0:768]` is a range of positions in the order of the
-cut; `*7` is a share of seven tenths of the execution units (all ten where it is left out), `@1` a delay of one period. `starts`, where it is given, is the order in
-which steps of all lanes may start in a period, by the first letters of their lanes: shares that fit together as planned
-may not fit if one that is ready early goes first.
+cut; `*7` is a share of seven tenths of the execution units (all ten where it is left out), `@1` a delay of one period.
+`starts`, where it is given, is the order in which the steps of all lanes may start in a period, by the first letters of
+their lanes: shares that fit together as planned may not fit if a step that is ready early goes first.
 """
 
 import re

@@ -24,7 +24,6 @@ _RADII = (1, 2, ALL_UNITS)
 _FIRST_SLICE = 1 / 12
 _BOUNDING_SHARE = 0.2
 _SLACK_OF_ESTIMATES = 1.05
-_EPSILON = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,8 @@ class Search:
             fresh = self._next_fresh()
             open_entries = [entry for entry in self._tried if not entry.is_solved]
             if fresh is None and not open_entries:
-                return StopReason.OPTIMAL
+                is_proven = self._sharing.is_separable or self.lower_bound_seconds >= self._period - self._unit
+                return StopReason.OPTIMAL if is_proven else StopReason.EXHAUSTED
             if self.lower_bound_seconds >= self._period * (1 - self._tolerance):
                 return StopReason.TOLERANCE
             if self.elapsed_seconds >= self._seconds:

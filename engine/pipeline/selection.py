@@ -28,7 +28,7 @@ from engine.pipeline.profiler import QUICK, ProfileGrid, Profiler
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.stopwatch import Stopwatch
-from engine.pipeline.trial import Contestant, Trial
+from engine.pipeline.trial import Contestant, Timing, Trial
 from engine.tensor_parallel import TensorParallel
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 # A plan must be predicted to save this part of a step to be tried, and measured to save it to be kept.
 LEAST_PREDICTED_GAIN = 0.02
 LEAST_MEASURED_GAIN = 0.02
+# Where computation waits for the network less than this, overlap is not worth measuring anything for.
+LEAST_NETWORK_SHARE = 0.04
 _NUM_CANDIDATES = 3
 _PLANNING_SHARE = 0.4
 Progress = Callable[[str], None]
@@ -58,6 +60,42 @@ def effort_at_start(config: EngineConfig) -> Effort | None:
     return (
         Effort(grid=QUICK, seconds_per_bucket=4.0, total_seconds=config.plan_seconds) if config.plan_seconds else None
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A candidate, how long a step's layers were predicted to take with it, and how long they took."""
+
+    schedule: Schedule
+    predicted_seconds: float
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The sequential schedule against the best candidates, measured turn by turn."""
+
+    predicted_sequential: float
+    sequential: Timing
+    tried: tuple[Tried, ...]
+
+    @property
+    def winner(self) -> Tried | None:
+        """The fastest candidate, if it beats the sequential schedule by enough to be sure of it."""
+        best = min(self.tried, key=lambda tried: tried.timing.seconds, default=None)
+        if best is None or best.timing.seconds > (1 - LEAST_MEASURED_GAIN) * self.sequential.seconds:
+            return None
+        return best
+
+    def __str__(self) -> str:
+        times = f"sequential {1e3 * self.sequential.seconds:.1f} ms (predicted {1e3 * self.predicted_sequential:.1f})"
+        if not self.tried:
+            return f"{times}, and no plan promises to be faster"
+        best = min(self.tried, key=lambda tried: tried.timing.seconds)
+        return (
+            f"{times}, the best plan {1e3 * best.timing.seconds:.1f} ms (predicted {1e3 * best.predicted_seconds:.1f})"
+            + ("" if self.winner else ", which is not enough to be used")
+        )
 
 
 class Selector:
@@ -92,8 +130,26 @@ class Selector:
         stored = self.stored()
         if stored is not None or effort is None or self._config.device is DeviceKind.CUDA:
             return stored
-        profile = self.profile(effort.grid)
-        return self.plan(profile, effort)
+        trial = Trial(self._config, self._pipeline, self._tensor_parallel)
+        share = self._network_share(trial)
+        if share < LEAST_NETWORK_SHARE:
+            self._progress(f"no overlap to plan: the network takes {100 * share:.1f} % of the largest step")
+            return self._saved(None, [])
+        return self.plan(self.profile(effort.grid), effort)
+
+    def _network_share(self, trial: Trial) -> float:
+        """The part of the largest step that computation waits for the network, which is all that could be gained."""
+        num_tokens = self._config.max_batch_tokens
+        num_decodes = min(self._config.max_sequences, num_tokens)
+        context = self._config.max_model_len / 4
+        shape = BatchShape(
+            num_decodes=num_decodes,
+            num_prefills=num_tokens - num_decodes,
+            decode_context=context,
+            prefill_context=context / 2,
+        )
+        (timing,) = trial.run([Contestant(self._pipeline.sequential, False)], shape, 0.0)
+        return self._ranks.largest([timing.exposed_network_seconds / timing.seconds])[0]
 
     def stored(self) -> PlanSet | None:
         """The stored plans of this fingerprint, if they are there and can be used."""
@@ -156,30 +212,38 @@ class Selector:
         shape = BatchShape(
             num_decodes=batch[0], num_prefills=batch[1], decode_context=context, prefill_context=context / 2
         )
-        predicted, candidates = self._candidates(shape, costs, seconds * _PLANNING_SHARE)
-        sequential, *tried = trial.run(
-            [Contestant(self._pipeline.sequential, False), *(Contestant(plan, True) for plan, _ in candidates)],
-            shape,
-            seconds * (1 - _PLANNING_SHARE) if candidates else 0.0,
-        )
-        best = min(range(len(tried)), key=lambda index: tried[index].seconds, default=None)
-        wins = best is not None and tried[best].seconds <= (1 - LEAST_MEASURED_GAIN) * sequential.seconds
-        fastest = tried[best].seconds if best is not None and wins else sequential.seconds
-        self._progress(
-            f"{bucket}: sequential {1e3 * sequential.seconds:.1f} ms (predicted {1e3 * predicted:.1f}), "
-            + (f"best plan {1e3 * tried[best].seconds:.1f} ms" if best is not None else "no plan promises more")
-        )
+        contest = self.contest(shape, costs, trial, seconds)
+        self._progress(f"{bucket}: {contest}")
+        winner = contest.winner
         return SelectedPlan(
             num_decodes=batch[0],
             num_prefills=batch[1],
-            schedule=candidates[best][0] if best is not None and wins else None,
-            sequential_seconds=sequential.seconds,
-            plan_seconds=fastest,
-            predicted_seconds=candidates[best][1] if best is not None and wins else predicted,
+            schedule=None if winner is None else winner.schedule,
+            sequential_seconds=contest.sequential.seconds,
+            plan_seconds=contest.sequential.seconds if winner is None else winner.timing.seconds,
+            predicted_seconds=contest.predicted_sequential if winner is None else winner.predicted_seconds,
         )
 
+    def contest(
+        self,
+        shape: BatchShape,
+        costs: MeasuredCosts,
+        trial: Trial,
+        seconds: float,
+        least_gain: float = LEAST_PREDICTED_GAIN,
+    ) -> "Contest":
+        """Plan for a batch, and run what is predicted to gain at least `least_gain` against the sequential schedule."""
+        predicted, planned = self._candidates(shape, costs, seconds * _PLANNING_SHARE, least_gain)
+        sequential, *timings = trial.run(
+            [Contestant(self._pipeline.sequential, False), *(Contestant(schedule, True) for schedule, _ in planned)],
+            shape,
+            seconds * (1 - _PLANNING_SHARE) if planned else 0.0,
+        )
+        tried = (Tried(*plan, timing) for plan, timing in zip(planned, timings, strict=True))
+        return Contest(predicted, sequential, tuple(tried))
+
     def _candidates(
-        self, shape: BatchShape, costs: MeasuredCosts, seconds: float
+        self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float
     ) -> tuple[float, list[tuple[Schedule, float]]]:
         """Rank 0 plans: the predicted seconds of a sequential step; candidates that promise to beat it, with theirs."""
         text = ""
@@ -197,7 +261,7 @@ class Selector:
                 token_multiple=max(16, round(shape.num_tokens / 16)),
                 num_candidates=_NUM_CANDIDATES,
             )
-            worth = (1 - LEAST_PREDICTED_GAIN) * planned.sequential.step_seconds
+            worth = (1 - least_gain) * planned.sequential.step_seconds
             candidates = [
                 (str(candidate.schedule), candidate.step_seconds)
                 for candidate in planned.candidates
@@ -207,7 +271,7 @@ class Selector:
         predicted, candidates = json.loads(self._ranks.text_of_first(text))
         return predicted, [(Schedule.parse(schedule), step_seconds) for schedule, step_seconds in candidates]
 
-    def _saved(self, profile: Profile, plans: list[SelectedPlan]) -> PlanSet:
+    def _saved(self, profile: Profile | None, plans: list[SelectedPlan]) -> PlanSet:
         chosen = PlanSet(
             fingerprint=self._fingerprint,
             max_batch_tokens=self._config.max_batch_tokens,

@@ -1,8 +1,9 @@
 """`Simulator`: runs a schedule on paper: what a step takes if every nano-operation takes what the cost model says.
 
 A step starts when its lane has finished the one before and all that it waits for has run; where lanes divide the
-execution units, it also waits until its share is free, and for the steps that the schedule starts before it. While it runs, its speed is what the cost model gives it beside
-what runs on the other lanes at that moment. No plan is judged by anything else before it is measured.
+execution units, it also waits until its share is free, and for the steps that the schedule starts before it. While it
+runs, its speed is what the cost model gives it beside what runs on the other lanes at that moment. No plan is judged by
+anything else before it is measured.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""`Values`: the buffers that values between nodes lie in, and the execution of a node's calls on them.
+"""`Values`: where the values between nodes lie, and the execution of a node's calls on them.
 
-A buffer has a row for every token, in the order of the cut, and exists twice: while one layer reads its copy, the next
-layer may already write the other. That suffices because a row of layer l + 2 cannot be computed before everything that
-reads the row of layer l has run: its tokens passed through the whole of layer l + 1.
+A value has a row for every token, in the order of the cut, at the place that a `BufferPlan` gives it in the arena; what
+stays inside a node is an ordinary tensor.
 """
 
 import time
@@ -18,22 +17,17 @@ from engine.pipeline.step_parts import StepParts
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.tracer import STEP_INPUTS
 
-NUM_COPIES = 2
-
 
 class Values:
-    """The values of one step. `initial` [T, E] is what the first layer reads."""
+    """The values of one step. `places`: for every value its rows [T, ...], in copies that layers take in turn.
+
+    `initial` [T, E] is what the first layer reads, wherever it lies.
+    """
 
     def __init__(
-        self,
-        buffers: Mapping[str, Sequence[Tensor]],
-        homes: Mapping[str, str],
-        graph: OperationGraph,
-        parts: StepParts,
-        initial: Tensor,
+        self, places: Mapping[str, Sequence[Tensor]], graph: OperationGraph, parts: StepParts, initial: Tensor
     ) -> None:
-        self._buffers = buffers
-        self._homes = homes
+        self._places = places
         self._output = graph.output
         self._parts = parts
         self._initial = initial
@@ -44,7 +38,8 @@ class Values:
             if layer == 0:
                 return self._initial
             value, layer = self._output, layer - 1
-        return self._buffers[self._homes[value]][layer % NUM_COPIES]
+        copies = self._places[value]
+        return copies[layer % len(copies)]
 
     def run(self, bound: BoundNode, layer: int, start: int, stop: int, stopwatch: Stopwatch) -> None:
         """Compute a node for the tokens of a range, which may have none of the node's kind."""
@@ -56,7 +51,7 @@ class Values:
         now = time.perf_counter()
         for call in bound.calls:
             if call.operation is not None and call.operation.is_join:
-                local[call.name] = self.of_layer(call.name, layer)[start:stop]
+                local[call.name] = self.of_layer(call.inputs[0], layer)[start:stop]  # where all of them lie
                 continue
             inputs = [
                 self._parts.part(start, stop, kind)

@@ -78,7 +78,7 @@ def _verify_step(schedule: Schedule, graph: OperationGraph, lane: Lane, step: St
 
 def _verify_coverage(schedule: Schedule, node: Node, steps: Sequence[Step], start: int, stop: int) -> None:
     """Every token of the node's kind from `start` to `stop` is in exactly one of `steps`."""
-    borders = {border for step in steps for border in (step.start, step.stop)} | {*schedule.cut.borders, start, stop}
+    borders = {border for step in steps for border in (step.start, step.stop)} | {start, stop}
     for piece in pairwise(sorted(border for border in borders if start <= border <= stop)):
         if not has_tokens(schedule.cut, *piece, node.tokens):
             continue

@@ -257,6 +257,7 @@ def test_logprobs_stand_at_the_rows_that_asked(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_launching_does_not_wait_for_the_device(
     device: torch.device, launch: Callable[[Batch], PendingStep], alone: list[list[int]]
 ) -> None:

@@ -4,7 +4,6 @@ Needs matplotlib, which is imported when a picture is drawn. No text is wider th
 shortened, turned, or left out.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,16 @@ _WIDTH = 15.0  # inches, as all lengths that are not times
 _ROW, _HEAD, _FOOT, _MARGIN, _GAP_OF_RANKS = 0.95, 1.05, 1.05, 1.15, 0.35
 _BOX = 0.88  # of a row
 _DOTS_PER_INCH = 120
-_MOST_TICKS = 12
+_MOST_TICKS, _MOST_COLUMNS = 12, 8
 _INK, _FAINT, _LANE = "#222222", "#8a8f98", "#f1f3f5"
 
 
 def check_matplotlib() -> None:
     """Raise `ConfigError` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("drawing a picture needs matplotlib: pip install matplotlib.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("drawing a picture needs matplotlib: pip install matplotlib.") from error
 
 
 def write_picture(timeline: Timeline, path: Path, heading: str, window: Window | None = None) -> None:
@@ -44,15 +45,23 @@ def write_picture(timeline: Timeline, path: Path, heading: str, window: Window |
     The ending of `path` (.png, .pdf, .svg) says in which format. Raises `ConfigError` where matplotlib is not
     installed, the format is unknown or the file cannot be written.
     """
+    figure = draw_picture(timeline, heading, window or Window.steady(timeline, 2))
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The picture cannot be written to {path}: {error}.") from error
+
+
+def draw_picture(timeline: Timeline, heading: str, window: Window) -> "Figure":
+    """The figure; raises `ConfigError` where matplotlib is not installed."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    window = window or Window.steady(timeline, 2)
     events = window.events(timeline)
     rows = tracks(events)
     places = _places(rows)
-    height = _HEAD + _FOOT + places[-1] + _ROW if rows else _HEAD + _FOOT + _ROW
+    height = _HEAD + _FOOT + _ROW + (places[-1] if rows else 0.0)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     picture = _Picture(figure, window, Palette(events), height)
@@ -61,10 +70,7 @@ def write_picture(timeline: Timeline, path: Path, heading: str, window: Window |
     picture.add_layers()
     picture.add_heading(timeline.title, heading)
     picture.add_legend(events)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The picture cannot be written to {path}: {error}.") from error
+    return figure
 
 
 def _places(rows: Sequence[Track]) -> list[float]:
@@ -108,7 +114,7 @@ class _Picture:
         from matplotlib.patches import Rectangle
 
         top, length = place + _ROW * (1 - _BOX) / 2, _ROW * _BOX
-        self.axes.add_patch(Rectangle((0, top), 1e3 * self.window.seconds, length, color=_LANE, linewidth=0))
+        self.axes.add_patch(Rectangle((0, top), 1e3 * self.window.seconds, length, color=_LANE, linewidth=0, zorder=0))
         title = f"rank {row.rank}\n{row.name}" if has_ranks else row.name
         self.axes.annotate(
             title,
@@ -144,7 +150,7 @@ class _Picture:
         """A line where each layer begins."""
         for layer, begin in self.window.begins:
             time = 1e3 * (begin - self.window.start)
-            self.axes.axvline(time, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), clip_on=False)
+            self.axes.axvline(time, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
             if len(self.window.begins) <= _MOST_TICKS:
                 self.axes.annotate(
                     f"layer {layer}", (time, 0), (3, 4), ("data", "data"), "offset points", size=9, color=_INK
@@ -168,7 +174,7 @@ class _Picture:
             handles=patches,
             loc="upper left",
             bbox_to_anchor=(_MARGIN / _WIDTH, 0.66 / self.height),
-            ncols=max(1, min(len(patches), 8)),
+            ncols=_MOST_COLUMNS if len(patches) <= _MOST_COLUMNS else -(-len(patches) // 2),
             frameon=False,
             fontsize=9,
             handlelength=1.2,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 _SIZES = (10.0, 8.5)
 _TURNED_SIZES = (8.5, 7.5)
-_PADDING = 3.0  # dots on each side
+_PADDING = 5.0  # dots on each side
 
 
 class TextFit:

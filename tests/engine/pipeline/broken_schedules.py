@@ -21,15 +21,9 @@ class Mutation:
 
 def _change(schedule: Schedule, placed: PlacedStep, *steps: Step) -> Schedule:
     """The schedule with some steps in place of one."""
-    before = sum(len(others) for lane, others in schedule.lanes.items() if _is_before(schedule, lane, placed.lane))
-    place = placed.index - before
+    place = [lane for lane, _ in schedule.steps][: placed.index].count(placed.lane)
     lane = schedule.lanes[placed.lane]
     return Schedule(schedule.cut, {**schedule.lanes, placed.lane: (*lane[:place], *steps, *lane[place + 1 :])})
-
-
-def _is_before(schedule: Schedule, lane: Lane, other: Lane) -> bool:
-    lanes = list(schedule.lanes)
-    return lanes.index(lane) < lanes.index(other)
 
 
 def _busy(schedule: Schedule, graph: OperationGraph) -> Iterable[PlacedStep]:

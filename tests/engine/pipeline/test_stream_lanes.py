@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,20 +10,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from engine.batch_shape import BatchShape
+from engine.config import DeviceKind, EngineConfig
+from engine.kv_cache import KVCache
 from engine.layers.collective import CollectiveOperation
 from engine.model_config import Architecture, DType
+from engine.models import build_model
 from engine.operation import Resource
+from engine.pipeline.capture import Captures
 from engine.pipeline.dependencies import Dependencies
 from engine.pipeline.dispatch import Dispatch, dispatch_order
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.lanes import Lanes, lanes_for
 from engine.pipeline.layer_program import LayerProgram
-from engine.pipeline.schedule import Schedule
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.schedule import Lane, Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.stream_lanes import StreamLanes
+from engine.pipeline.synthetic_step import synthetic_step
 from engine.pipeline.values import Values
+from engine.random_checkpoint import sized_config
 from engine.tensor_parallel import TensorParallel
 from tests.engine.pipeline.deferred_cuda import DEVICE, NUM_UNITS, DeferredCuda, DeferredEvent, deferred_cuda
 from tests.engine.pipeline.equal_runs import RandomBatch, compare, planned_graph, write_checkpoints
@@ -78,9 +88,10 @@ def _run(
     graph: OperationGraph,
     order: Sequence[Dispatch],
     ranges: Sequence[tuple[int, int]],
+    stopwatch: Stopwatch | None = None,
 ) -> _Recorder:
     recorder = _Recorder(cuda, graph)
-    lanes.run(order, ranges, recorder.programs, cast(Values, recorder), Stopwatch())
+    lanes.run(order, ranges, recorder.programs, cast(Values, recorder), stopwatch or Stopwatch())
     return recorder
 
 
@@ -187,15 +198,37 @@ def test_shares_hold_for_the_launches_of_their_step_and_only_where_lanes_overlap
     with deferred_cuda() as cuda:
         order = dispatch_order(TWO_LANES, CHAIN, NUM_LAYERS)
         recorder = _run(cuda, StreamLanes(DEVICE, overlaps=True), CHAIN, order, _full(TWO_LANES))
-        spared = {
-            launch[0] + str(launch[2]): number
-            for launch, number in zip(recorder.launched, recorder.spared, strict=True)
-        }
+        notes = zip(recorder.launched, recorder.spared, strict=True)
+        spared = {launch[0] + str(launch[2]): number for launch, number in notes}
         assert spared["up2"] == 40 and spared["attend0"] == NUM_UNITS - 40
         assert {spared[name] for name in spared.keys() - {"up2", "attend0"}} == {None}
         assert torch._C._get_sm_carveout_experimental() is None
         recorder = _run(cuda, StreamLanes(DEVICE, overlaps=False), CHAIN, order, _full(TWO_LANES))
         assert set(recorder.spared) == {None}
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_recorded_run_tells_when_each_step_ran_on_the_device(overlaps: bool) -> None:
+    stopwatch = Stopwatch(rank=1, records_events=True)
+    with deferred_cuda() as cuda:
+        order = dispatch_order(TWO_LANES, CHAIN, NUM_LAYERS)
+        recorder = _run(cuda, StreamLanes(DEVICE, overlaps=overlaps), CHAIN, order, _full(TWO_LANES), stopwatch)
+    assert stopwatch.events is not None
+    events = {(event.operation, event.layer, event.start_token, event.stop_token): event for event in stopwatch.events}
+    assert list(events) == recorder.launched
+    assert {event.operation: event.lane for event in events.values()} == {
+        "up": Lane.COMPUTE,
+        "attend": Lane.MEMORY,
+        "reduce": Lane.NETWORK,
+        "down": Lane.COMPUTE,
+    }
+    assert all(event.rank == 1 for event in events.values())
+    first = min(event.start for event in events.values())
+    assert max(event.end for event in events.values()) == pytest.approx(first + len(events) * 0.001)
+    for (operation, layer, start, stop), event in events.items():
+        assert event.end - event.start >= 0.001 - 1e-9 and event.start >= 0
+        if operation == "reduce":
+            assert events["attend", layer, start, stop].end <= event.start + 1e-9
 
 
 def test_each_device_has_its_lanes() -> None:
@@ -250,3 +283,50 @@ def test_whatever_order_streams_run_in_the_model_computes_the_same(
     assert outcome.relative_error <= 1e-12
     assert outcome.cache_error <= 1e-12
     assert outcome.pipeline_tokens == outcome.plain_tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.inference_mode()
+def test_on_a_device_overlapping_changes_nothing_launched_or_captured() -> None:
+    device = torch.device("cuda")
+    shape = sized_config(Architecture.LLAMA, hidden_size=256, intermediate_size=512, num_layers=6)
+    config = EngineConfig(
+        model=shape, checkpoint=Path("unused"), dtype=DType.FLOAT32, device=DeviceKind.CUDA, max_model_len=256
+    )
+    model = build_model(shape, TensorParallel(), torch.float32, device)
+    for parameter in model.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    cache = KVCache.allocate(config, 2000, device)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    batch = BatchShape(num_decodes=96, num_prefills=64, decode_context=100, prefill_context=60)
+    step = synthetic_step(batch, config.max_model_len, cache, device)
+    step = replace(step, tokens=torch.randint_like(step.tokens, shape.vocab_size))
+    pipeline = Pipeline(model, shape.hidden_size)
+    schedule = Schedule.parse(
+        "nano-batches: 48+32 48+32\n"
+        "compute: o_proj[0:80]*7@1 gate_up_proj[0:80]*7@1 down_proj[0:80]*7@1 qkv_proj[0:80]*7"
+        " prefill_attention[0:80] o_proj[80:160]*7@1 gate_up_proj[80:160]*7@1 down_proj[80:160]*7@1"
+        " qkv_proj[80:160]*7 prefill_attention[80:160]\n"
+        "memory: decode_attention[0:80] decode_attention[80:160]\n"
+    )
+    pipeline.check(schedule)
+    order = torch.from_numpy(schedule.cut.positions_of(torch.arange(160).numpy())).to(device)
+    expected = model(step)
+    lanes = lanes_for(device, overlaps=True)
+
+    def run() -> Tensor:
+        return pipeline.run(step, schedule, lanes, Stopwatch())
+
+    captured = Captures(device).capture(run)
+    for launch in (run, captured.replay):
+        for _ in range(20):
+            hidden = model.norm(launch()[order])
+            assert ((hidden - expected).abs().max() / expected.abs().max()).item() < 1e-4
+            launch().fill_(torch.nan)
+    recorded = Stopwatch(records_events=True)
+    pipeline.run(step, schedule, lanes, recorded)
+    assert recorded.events is not None
+    assert {event.lane for event in recorded.events} == {Lane.COMPUTE, Lane.MEMORY}
+    assert all(0 <= event.start < event.end for event in recorded.events)

@@ -1,0 +1,299 @@
+"""The nano-batch pipeline on one CUDA device: right first, then what overlapping gains; a part of `benchmarks.gpu`.
+
+Right: tiny random models, dense and with experts, run sequentially, as nano-batches and overlapped, launched one by
+one and as a captured graph, give the hidden states and greedy tokens of the plain model. Speed: layers of Llama-3-8B's
+shapes with random weights, a batch of decodes and a mixed one; every schedule captured, and launched one by one.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import DeviceKind, DType, EngineConfig
+from engine.batch_shape import BatchShape
+from engine.errors import ConfigError
+from engine.kv_cache import KVCache
+from engine.model_config import Architecture, ModelConfig
+from engine.models import build_model
+from engine.models.decoder import Decoder
+from engine.operation import TokenKind
+from engine.pending_step import StepClock
+from engine.pipeline.capture import Captures
+from engine.pipeline.graph import OperationGraph
+from engine.pipeline.lanes import lanes_for
+from engine.pipeline.nano_batch import Cut, NanoBatch
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.placement import GPU_LANES, lane_of
+from engine.pipeline.plan_set import PlanSet
+from engine.pipeline.schedule import ALL_UNITS, Lane, Schedule, Step
+from engine.pipeline.stopwatch import Stopwatch
+from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.pipeline.trial import Contestant, Trial
+from engine.random_checkpoint import sized_config
+from engine.step_inputs import StepInputs
+from engine.tensor_parallel import TensorParallel
+
+NUM_REPEATS = 10
+SMALL_BATCHES = (
+    BatchShape(num_decodes=96, num_prefills=160, decode_context=60, prefill_context=40),
+    BatchShape(num_decodes=128, num_prefills=0, decode_context=90),
+    BatchShape(num_decodes=0, num_prefills=200, prefill_context=50),
+    BatchShape(num_decodes=3, num_prefills=5, decode_context=7, prefill_context=3),
+)
+LARGE_BATCHES = {
+    "decodes": BatchShape(num_decodes=1024, num_prefills=0, decode_context=1024),
+    "mixed": BatchShape(num_decodes=677, num_prefills=1355, decode_context=1280, prefill_context=512),
+}
+# The relative error allowed, by the largest element: in float32 other sizes of products round otherwise; in bfloat16
+# the same kernels run on the same sizes, launched and captured, so hardly anything may.
+TOLERANCES = {DType.FLOAT32: 1e-4, DType.BFLOAT16: 2e-2}
+SECONDS_PER_TRIAL = 8.0
+# What the matrix products leave to attention while it runs beside them, in tenths of the execution units.
+COMPUTE_SHARE = 7
+
+
+def two_nano_batches(graph: OperationGraph, num_decodes: int, num_prefills: int, share: int = ALL_UNITS) -> Schedule:
+    """Halves of the batch take turns: while one attends, the other multiplies (reference: NanoFlow, figure 6).
+
+    What follows the attention of a layer runs a period later, so that each half multiplies from one attention to its
+    next without a break. `share`: tenths of the execution units for the compute lane, the rest for the memory lane.
+    """
+    cut = Cut(
+        (
+            NanoBatch(num_decodes - num_decodes // 2, num_prefills // 2),
+            NanoBatch(num_decodes // 2, num_prefills - num_prefills // 2),
+        )
+    )
+    absent = {TokenKind.DECODE} if not num_decodes else {TokenKind.PREFILL} if not num_prefills else set()
+    other_branches = set(graph.branches[1:])
+    nodes = [node for node in graph.nodes if node.tokens not in absent and node.branch not in other_branches]
+    after: set[str] = set()
+    for node in nodes:
+        producers = {producer for value in node.inputs for producer in graph.producers.get(value, ())}
+        if producers & after or any(graph.by_name[name].cache_reads for name in producers):
+            after.add(node.name)
+    lanes: dict[Lane, list[Step]] = {lane: [] for lane in GPU_LANES}
+    for start, stop in zip(cut.borders, cut.borders[1:], strict=False):
+        for is_tail in (True, False):
+            for node in nodes:
+                if (node.name in after) is is_tail and stop > start:
+                    lane = lane_of(node, GPU_LANES)
+                    part = {Lane.COMPUTE: share, Lane.MEMORY: ALL_UNITS - share or ALL_UNITS}.get(lane, ALL_UNITS)
+                    lanes[lane].append(Step(node.name, start, stop, part, int(is_tail)))
+    return Schedule(cut, {lane: tuple(steps) for lane, steps in lanes.items() if steps})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with random weights on a device, and its pipeline."""
+
+    config: EngineConfig
+    device: torch.device
+    model: Decoder
+    pipeline: Pipeline
+
+    @classmethod
+    def of(cls, shape: ModelConfig, dtype: DType, device: torch.device) -> "Bench":
+        """Weights are scaled so that activations keep their size."""
+        config = EngineConfig(
+            model=shape,
+            checkpoint=Path("unused"),
+            dtype=dtype,
+            device=DeviceKind(device.type),
+            max_model_len=min(2048, shape.max_position_embeddings),
+            max_batch_tokens=2048,
+            max_sequences=1024,
+        )
+        model = build_model(shape, TensorParallel(), getattr(torch, dtype.value), device)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        return cls(config, device, model, Pipeline(model, shape.hidden_size))
+
+    def step(self, shape: BatchShape, cache: KVCache) -> StepInputs:
+        """Random tokens, so that they differ and are routed to all sorts of experts."""
+        step = synthetic_step(shape, self.config.max_model_len, cache, self.device)
+        return replace(step, tokens=torch.randint_like(step.tokens, self.config.model.vocab_size))
+
+    def modes(self, shape: BatchShape, share: int = ALL_UNITS) -> Iterator[tuple[str, Contestant]]:
+        """The three modes of the engine."""
+        halves = two_nano_batches(self.pipeline.graph, int(shape.num_decodes), int(shape.num_prefills), share)
+        self.pipeline.check(halves)
+        yield "sequential", Contestant(self.pipeline.sequential, False)
+        yield "nanobatch", Contestant(halves, False)
+        yield "overlap", Contestant(halves, True)
+
+    def runner(self, contestant: Contestant, step: StepInputs) -> Callable[[], Tensor]:
+        """What runs the layers once and returns the hidden states."""
+        lanes = lanes_for(self.device, overlaps=contestant.overlaps)
+        return lambda: self.pipeline.run(step, contestant.schedule, lanes, Stopwatch())
+
+
+def check_pipeline(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
+    """One row per model, number format and mode: the largest relative error of all batches and repeats."""
+    rows = []
+    for architecture in (Architecture.LLAMA, Architecture.MIXTRAL):
+        shape = sized_config(
+            architecture, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=8, num_kv_heads=2
+        )
+        for dtype in TOLERANCES:
+            bench = Bench.of(shape, dtype, device)
+            # Products of experts wait for the host unless they are in bfloat16 on Hopper or Blackwell: no graph then.
+            captures = None
+            if device.type == "cuda" and (architecture is Architecture.LLAMA or dtype is DType.BFLOAT16):
+                captures = Captures(device)
+            errors: dict[str, float] = {}
+            equal = True
+            for batch in SMALL_BATCHES:
+                equal &= _check_batch(bench, batch, captures, errors)
+            for mode, error in errors.items():
+                is_right = equal and error <= TOLERANCES[dtype]
+                rows.append({"model": architecture.value, "dtype": dtype.value, "mode": mode, "error": error})
+                rows[-1]["is_right"] = is_right
+                verdict = "" if is_right else "  WRONG" if equal else "  WRONG TOKENS"
+                print(f"  {architecture.value:20} {dtype.value:9} {mode:20} error {error:.1e}{verdict}", flush=True)
+    return rows, all(row["is_right"] for row in rows)
+
+
+@torch.inference_mode()
+def _check_batch(bench: Bench, shape: BatchShape, captures: Captures | None, errors: dict[str, float]) -> bool:
+    """Keep the largest error per mode; whether all greedy tokens are those of the plain model (in float32).
+
+    In bfloat16, where sizes of products decide how they round, a captured mode is compared with itself uncaptured.
+    """
+    cache = KVCache.allocate(bench.config, 2048, bench.device)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    step = bench.step(shape, cache)
+    is_exact = bench.config.dtype is DType.FLOAT32
+    plain = bench.model(step)
+    tokens = bench.model.logits(plain).argmax(dim=-1)
+    equal = True
+
+    def compare(mode: str, hidden: Tensor, cut: Cut, expected: Tensor) -> None:
+        nonlocal equal
+        order = torch.from_numpy(cut.positions_of(np.arange(len(step.tokens)))).to(bench.device)
+        normed = bench.model.norm(hidden[order])
+        difference = ((normed - expected).abs().max() / expected.abs().max()).item()
+        errors[mode] = max(errors.get(mode, 0.0), math.inf if math.isnan(difference) else difference)
+        if is_exact:
+            equal &= torch.equal(bench.model.logits(normed).argmax(dim=-1), tokens)
+
+    for mode, contestant in bench.modes(shape):
+        run = bench.runner(contestant, step)
+        cut = contestant.schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
+        order = torch.from_numpy(cut.positions_of(np.arange(len(step.tokens)))).to(bench.device)
+        expected = plain if is_exact else bench.model.norm(run()[order])
+        for _ in range(NUM_REPEATS):
+            compare(mode, run(), cut, expected)
+        if captures is not None:
+            captured = captures.capture(run)
+            for _ in range(NUM_REPEATS):
+                captured.replay().fill_(math.nan)  # so that the next replay must compute it
+                compare(f"{mode}, captured", captured.replay(), cut, expected)
+    return equal
+
+
+def measure_pipeline(device: torch.device, schedules: Path | None) -> list[dict[str, Any]]:
+    """One row per batch, library of matrix products and schedule. Only cublasLt honours shares of execution units."""
+    shape = sized_config(
+        Architecture.LLAMA,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=4,
+        num_heads=32,
+        num_kv_heads=8,
+        vocab_size=1024,
+        dtype=DType.BFLOAT16,
+    )
+    bench = Bench.of(shape, DType.BFLOAT16, device)
+    trial = Trial(bench.config, bench.pipeline, TensorParallel())
+    planned = list(_planned(bench.pipeline, schedules))
+    rows: list[dict[str, Any]] = []
+    chosen_before = torch.backends.cuda.preferred_blas_library()
+    try:
+        for library in ("cublas", "cublaslt"):
+            torch.backends.cuda.preferred_blas_library(library)
+            for batch_name, batch in LARGE_BATCHES.items():
+                contestants = dict(bench.modes(batch))
+                if library == "cublaslt":
+                    shared = dict(bench.modes(batch, COMPUTE_SHARE))["overlap"]
+                    contestants[f"overlap, {COMPUTE_SHARE} tenths"] = shared
+                for name, schedule in planned:
+                    if schedule.fits(int(batch.num_decodes), int(batch.num_prefills)):
+                        contestants[name] = Contestant(schedule, True)
+                rows += _measure_batch(bench, trial, batch_name, batch, library, contestants)
+    finally:
+        torch.backends.cuda.preferred_blas_library(chosen_before)
+    return rows
+
+
+def _measure_batch(
+    bench: Bench, trial: Trial, batch_name: str, batch: BatchShape, library: str, contestants: dict[str, Contestant]
+) -> Iterator[dict[str, Any]]:
+    timings = trial.run(list(contestants.values()), batch, SECONDS_PER_TRIAL)
+    launched = _launched_seconds(bench, batch, list(contestants.values()))
+    for (name, _), timing, eager in zip(contestants.items(), timings, launched, strict=True):
+        gains = timings[0].seconds / timing.seconds, launched[0] / eager
+        print(
+            f"  {batch_name:8} {library:9} {name:24} captured {1e3 * timing.seconds:8.2f} ms ({gains[0]:.3f} x)"
+            f"   launched {1e3 * eager:8.2f} ms ({gains[1]:.3f} x)",
+            flush=True,
+        )
+        yield {
+            "batch": batch_name,
+            "library": library,
+            "schedule": name,
+            "captured_seconds": timing.seconds,
+            "launched_seconds": eager,
+            "num_rounds": timing.num_rounds,
+        }
+
+
+@torch.inference_mode()
+def _launched_seconds(bench: Bench, batch: BatchShape, contestants: list[Contestant]) -> list[float]:
+    """Medians of runs launched operation by operation, as the engine does, going round the contestants."""
+    num_tokens = int(batch.num_decodes * batch.decode_context + batch.num_prefills + batch.prefill_context)
+    step = bench.step(batch, synthetic_cache(bench.config, num_tokens, bench.device))
+    runs = [bench.runner(contestant, step) for contestant in contestants]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(NUM_REPEATS + 1):
+        for run, found in zip(runs, seconds, strict=True):
+            clock = StepClock(bench.device)
+            run()
+            clock.stop()
+            if number:  # the first round warms up
+                found.append(clock.seconds())
+            else:
+                clock.seconds()
+    return [statistics.median(found) for found in seconds]
+
+
+def _planned(pipeline: Pipeline, folder: Path | None) -> Iterator[tuple[str, Schedule]]:
+    """The schedules of a folder that this model can be run by: texts (*.txt) and files of plans (*.json)."""
+    for path in sorted(folder.iterdir()) if folder is not None else ():
+        try:
+            if path.suffix == ".txt":
+                found = [(path.stem, Schedule.parse(path.read_text()))]
+            elif path.suffix == ".json":
+                plans = PlanSet.parse(path.read_text(), path.name).plans
+                found = [
+                    (f"{path.stem[:8]} {plan.num_decodes}+{plan.num_prefills}", plan.schedule)
+                    for plan in plans
+                    if plan.schedule is not None
+                ]
+            else:
+                continue
+            for _, schedule in found:
+                pipeline.check(schedule)
+        except ConfigError as error:
+            print(f"  {path.name} is left out: {error}")
+        else:
+            yield from found
