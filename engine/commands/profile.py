@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # From so many seconds on there is time for the finer grid.
 THOROUGH_SECONDS = 30.0
+BLOCK_SIZE = 16
 
 
 def profile(
@@ -53,7 +54,8 @@ def profile(
         max_model_len=max_model_len,
         max_batch_tokens=tokens,
         max_sequences=min(256, tokens),
-        num_blocks=-(-max_model_len // 16),
+        block_size=BLOCK_SIZE,
+        num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the profiler brings a cache of its own
         num_threads=threads,
         pipeline=PipelineMode.SEQUENTIAL,
     )

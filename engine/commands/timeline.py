@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from engine.batch_shape import BatchShape
     from engine.step_recording import StepRecording
 
+BLOCK_SIZE = 16
+
 
 def timeline(
     model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A checkpoint folder.")],
@@ -61,13 +63,19 @@ def timeline(
         decode_context=context,
         prefill_context=context,
     )
+    model_config, max_model_len = _model(model, context)
     of_engine = given is None and mode is not PipelineMode.SEQUENTIAL
     config = EngineConfig(
-        **_model(model, dtype, context),
+        model=model_config,
+        checkpoint=model,
+        dtype=dtype or model_config.dtype,
         device=device,
         tensor_parallel=tensor_parallel,
         max_batch_tokens=max(tokens, max_batch_tokens) if of_engine else tokens,
+        max_model_len=max_model_len,
         max_sequences=min(256, tokens),
+        block_size=BLOCK_SIZE,
+        num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the step brings a cache of its own
         num_threads=threads,
         pipeline=PipelineMode.OVERLAP if of_engine else PipelineMode.SEQUENTIAL,
     )
@@ -83,20 +91,13 @@ def timeline(
     write_result(_json(recording, shape, config, mode), "" if json_file == "-" else _summary(recording), json_file)
 
 
-def _model(checkpoint: Path, dtype: DType | None, context: int) -> dict[str, Any]:
-    """The model's part of a configuration, with a cache for one sequence: the step brings its own."""
+def _model(checkpoint: Path, context: int) -> tuple[ModelConfig, int]:
+    """The model, and the longest sequence to allow for."""
     model = ModelConfig.from_checkpoint(checkpoint)
     max_model_len = min(model.max_position_embeddings, max(2048, 2 * context))
     if context > max_model_len / 2:
         raise ConfigError(f"--context {context} is too long: at most half of the model's {max_model_len} positions.")
-    num_blocks = -(-max_model_len // EngineConfig.block_size)
-    return {
-        "model": model,
-        "checkpoint": checkpoint,
-        "dtype": dtype or model.dtype,
-        "max_model_len": max_model_len,
-        "num_blocks": num_blocks,
-    }
+    return model, max_model_len
 
 
 def _read(path: Path) -> Schedule:

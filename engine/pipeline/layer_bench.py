@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.layers.collective import CollectiveOperation
 from engine.operation import Resource
-from engine.pipeline.graph import OperationGraph
+from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.layer_program import BoundNode, LayerProgram, shared_places
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.step_parts import StepParts
@@ -48,11 +48,12 @@ class LayerBench:
         needed = [program.nodes[name] for name in _closure(traced.graph, names)]
         probed = probe(needed, parts, initial)
         in_place, joined = shared_places(traced)
+        owners = {**joined, **in_place}
         places: dict[str, list[Tensor]] = {}
         for value, tensor in probed.items():
-            owner = {**joined, **in_place}.get(value)
             if value in traced.graph.producers:
-                places[value] = places[owner] if owner else [tensor.new_empty(num_tokens, *tensor.shape[1:])]
+                owner = places.setdefault(owners.get(value, value), [tensor.new_empty(num_tokens, *tensor.shape[1:])])
+                places[value] = owner
         self._values = Values(places, traced.graph, parts, initial)
         for bound in needed:
             self._run(bound, num_tokens)

@@ -3,7 +3,7 @@
 A step waits for events of other lanes and for nothing else, the host never waits, and the side streams branch off the
 current one at the start and join it at the end, so that a run can be captured into a graph.
 
-Why memory is safe without `record_stream`. Values that cross lanes lie in the pipeline's buffers, and the inputs of
+Why memory is safe without `record_stream`. Values that cross lanes lie in the pipeline's arena, and the inputs of
 the step and their parts (views, made without allocating) were there before the streams branched off: all of it
 belongs to the current stream and is freed, if at all, after the join. Temporaries are made and dropped inside one
 step, so torch's allocator hands their memory on within the stream that used it, in its order. Captured, the same holds

@@ -98,6 +98,7 @@ class Trial:
         if self._captures is None:
             return run
         try:
+            # The hidden states that it returns keep the memory it writes, also when a later schedule needs a larger arena.
             captured = self._captures.capture(lambda: run(Stopwatch()))
         except CaptureError as error:
             _log.warning("%s It is timed as it is launched.", error)
