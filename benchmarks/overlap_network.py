@@ -1,6 +1,6 @@
 """Overlap on a real slow link: two tensor-parallel ranks in network namespaces, by rate of the link and size of batch.
 
-    python benchmarks/overlap_network.py [--rates 500,1000,2000] [--tokens 256,512,1024] [--dtype bfloat16] [--json FILE]
+    python benchmarks/overlap_network.py [--rates 500,1000] [--tokens 256,512] [--dtype bfloat16] [--json FILE]
 
 Each rank has one CPU thread. For every cell the layer is profiled at this rate, planned for this batch, and the best
 plans are run against the sequential schedule, as a starting engine does (`engine.pipeline.selection`). Then whole
@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each part of a cell")
     parser.add_argument("--json", type=Path, help="write the cells to this file")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder, SlowLink() as link:
         os.environ["NANOSERVE_CACHE_DIR"] = f"{folder}/cache"
@@ -243,4 +245,4 @@ def _numbers(kind: type[int], text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

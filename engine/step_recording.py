@@ -55,10 +55,10 @@ class StepRecording:
     @property
     def heading(self) -> str:
         """What came out, in a line."""
-        return (
-            f"recorded: {1e3 * self.timeline.seconds:.4g} ms for the layers of a step, {self.speedup:.2f} times as "
-            f"fast as sequential ({1e3 * self.sequential_seconds:.4g} ms)"
-        )
+        recorded = f"recorded: {1e3 * self.timeline.seconds:.4g} ms for the layers of a step, "
+        if self.plan_name == SEQUENTIAL:
+            return recorded + "run sequentially"
+        return recorded + f"{self.speedup:.2f} times as fast as sequential ({1e3 * self.sequential_seconds:.4g} ms)"
 
     def titled(self, title: str) -> "StepRecording":
         """The same with a title for its drawings."""

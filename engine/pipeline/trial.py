@@ -98,7 +98,7 @@ class Trial:
         if self._captures is None:
             return run
         try:
-            # The hidden states that it returns keep the memory it writes, also when a later schedule needs a larger arena.
+            # The hidden states that it returns keep the memory it writes, should a later schedule enlarge the arena.
             captured = self._captures.capture(lambda: run(Stopwatch()))
         except CaptureError as error:
             _log.warning("%s It is timed as it is launched.", error)

@@ -1,23 +1,24 @@
 """The `nanoserve` command has the engine's commands, and help that says all that was written."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from cluster.cli import app as cluster_app
 from engine.cli import app as engine_app
 
 
-def commands(app: typer.Typer) -> dict[str, click.Command]:
+def commands(app: typer.Typer) -> dict[str, Any]:
     """All commands of a program by their names."""
     return dict(_walk("", get_command(app)))
 
 
-def _walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group):
+def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(command, TyperGroup):
         for child, below in command.commands.items():
             yield from _walk(f"{name} {child}".strip(), below)
     else:
