@@ -1,7 +1,8 @@
 """`SteadySteps`: batches of a constant shape, as a loaded engine composes them, without an engine.
 
-A fixed set of rows decodes, one token a step; the rest of every batch is prefill of prompts that are admitted anew in
-each step. Rows keep their blocks. The same steps go to every rank.
+A fixed set of rows decodes, one token a step, over a context that was never computed: zeros, which take as long. The
+rest of every batch is prefill of prompts that are admitted anew in each step. Rows keep their blocks. The same steps
+go to every rank.
 """
 
 import numpy as np
@@ -29,15 +30,6 @@ class SteadySteps:
         self._step = 0
         self.num_blocks = len(rows)
 
-    def filling(self) -> list[Batch]:
-        """The steps that give every decoding row its context; to be run first, a step per row."""
-        batches = []
-        for row in range(self._num_decodes):
-            batches.append(
-                self._batch({row: self._context}, np.array([row]), np.array([0]), np.array([self._context]), 0)
-            )
-        return batches
-
     def next(self) -> Batch:
         """The next step."""
         decodes = np.arange(self._num_decodes)
@@ -46,7 +38,10 @@ class SteadySteps:
         counts = np.concatenate(
             [np.ones(len(decodes), dtype=np.int64), np.array(list(self._prompts.values()), np.int64)]
         )
-        batch = self._batch(self._prompts, np.concatenate([decodes, prefills]), starts, counts, len(decodes))
+        admitted = self._prompts
+        if self._step == 0:
+            admitted = dict.fromkeys(range(self._num_decodes), self._context + 1) | self._prompts
+        batch = self._batch(admitted, np.concatenate([decodes, prefills]), starts, counts, len(decodes))
         self._context += 1
         return batch
 
