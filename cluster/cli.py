@@ -75,6 +75,11 @@ def serve(
     max_sequences: Annotated[int | None, typer.Option(help="Requests running at once, per replica.")] = None,
     cache: Annotated[str | None, typer.Option(help="KV cache of one rank, for example 2GiB.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one rank.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="overlap (default), nanobatch or sequential.")] = None,
+    plan_seconds: Annotated[
+        float | None,
+        typer.Option(help="Plan for so long at a start without stored plans (default: 45; 0: use stored plans only)."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster to join (default: RAY_ADDRESS, else start one).")
     ] = None,

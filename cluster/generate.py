@@ -36,6 +36,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pipeline: Annotated[str, typer.Option(help="overlap, nanobatch or sequential.")] = "overlap",
 ) -> None:
     """Generate text from one prompt and print it as it comes."""
     text = sys.stdin.read() if prompt is None else prompt
@@ -44,7 +45,7 @@ def generate(
         prompt_ids = tokenizer.encode(text)
     else:
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
-    config = _engine_config(model, dtype, device)
+    config = _engine_config(model, dtype, device, pipeline)
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, config.max_model_len - len(prompt_ids)))
     # The cache holds this one sequence, so that a model of a long context needs no more memory than its answer.
@@ -63,8 +64,10 @@ def generate(
     asyncio.run(_print_text(config, tokenizer, request, StopStrings([text for text in stop or [] if text])))
 
 
-def _engine_config(model: Path, dtype: str, device: str) -> EngineConfig:
-    recipe = ServingConfig.parse({"model": model, "dtype": dtype, "device": device}, where="command line")
+def _engine_config(model: Path, dtype: str, device: str, pipeline: str) -> EngineConfig:
+    """One prompt is not worth planning for: stored plans or none."""
+    settings = {"model": model, "dtype": dtype, "device": device, "pipeline": pipeline, "plan_seconds": 0}
+    recipe = ServingConfig.parse(settings, where="command line")
     return recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
 
 

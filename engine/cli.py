@@ -17,7 +17,7 @@ from engine.commands.output_file import write_result as write_result
 from engine.commands.plan import plan
 from engine.commands.profile import profile
 from engine.commands.timeline import timeline
-from engine.config import DeviceKind, EngineConfig
+from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import NanoserveError
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.workloads.length_distribution import LengthRange
@@ -80,6 +80,7 @@ def bench_offline(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Default: the longest request.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Memory of the KV cache.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    pipeline: Annotated[PipelineMode, typer.Option(help="How a step runs through the layers.")] = PipelineMode.OVERLAP,
     json_file: JsonFile = None,
 ) -> None:
     """All requests at once through one engine in this process: tokens per second, and percent of the optimum."""
@@ -107,6 +108,7 @@ def bench_offline(
         max_sequences=min(max_sequences, max_batch_tokens),
         cache_bytes=cache_bytes,
         num_threads=threads,
+        pipeline=pipeline,
     )
     from engine.offline_benchmark import OfflineBenchmark
 
@@ -191,6 +193,7 @@ def _offline_summary(result: "OfflineResult") -> str:
         ("preemptions", f"{values['num_preemptions']:,}"),
         ("GEMM peak", f"{values['gemm_peak_flops_per_second'] / 1e12:,.3f} TFLOP/s, measured at {shape}"),
         ("optimum", f"{values['optimal_tokens_per_second']:,.1f} tokens per second (in + out)"),
+        ("pipeline", values["pipeline"]),
         ("plans", ", ".join(f"{plan} x{count:,}" for plan, count in values["num_steps_by_plan"].items())),
         ("percent of optimum", f"{values['percent_of_optimum']:.1f} %"),
     )

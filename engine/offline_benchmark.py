@@ -87,6 +87,7 @@ class OfflineResult:
             "num_threads": config.threads_per_rank,
             "max_batch_tokens": config.max_batch_tokens,
             "max_sequences": config.max_sequences,
+            "pipeline": config.pipeline.value,
             "workload": self.workload.description,
             "num_requests": len(self.workload.requests),
             "num_prompt_tokens": self.workload.num_prompt_tokens,

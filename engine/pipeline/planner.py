@@ -63,10 +63,14 @@ def plan(
         lower_bound_seconds=search.lower_bound_seconds,
         family=(
             f"at most two nano-batches in multiples of {multiple} tokens, heads of a layer whole or halved, "
-            f"{len(graph.branches) or 1} ways to place a collective, the same order in every layer"
+            f"{_ways(len(graph.branches))} to place a collective, the same order in every layer"
         ),
         num_partitions=len(family),
         num_solved=search.num_solved,
         solve_seconds=search.elapsed_seconds,
         stop_reason=reason,
     )
+
+
+def _ways(num_branches: int) -> str:
+    return f"{num_branches} ways" if num_branches > 1 else "one way"

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Command]:
-    options = "--tensor-parallel 2 --replicas 2 --threads 1 --cache 8MiB --name tiny --device cpu"
+    options = "--tensor-parallel 2 --replicas 2 --threads 1 --cache 8MiB --name tiny --device cpu --plan-seconds 0"
     command = Command(tmp_path_factory.mktemp("server"), checkpoint, *options.split())
     try:
         command.wait_ready()
@@ -217,7 +217,8 @@ def test_interrupting_leaves_nothing_behind(server: Command) -> None:
 def test_interrupting_the_start_leaves_nothing_behind(
     tmp_path: Path, checkpoint: Path, line: str, delay: float
 ) -> None:
-    command = Command(tmp_path, checkpoint, "--tensor-parallel", "2", "--threads", "1", "--device", "cpu")
+    options = "--tensor-parallel 2 --threads 1 --device cpu --plan-seconds 0"
+    command = Command(tmp_path, checkpoint, *options.split())
     try:
         until(lambda: line in command.errors.read_text(), 60, line)
         time.sleep(delay)

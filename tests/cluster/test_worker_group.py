@@ -68,6 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_sequences=16,
         num_blocks=64,
         num_threads=1,
+        plan_seconds=0,
     )
 
 

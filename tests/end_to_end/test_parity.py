@@ -74,6 +74,7 @@ def engine_config(checkpoint: Path, **overrides: Any) -> EngineConfig:
         max_sequences=24,
         num_blocks=400,
         num_threads=1,
+        plan_seconds=0,
     )
     return EngineConfig(**(settings | overrides))
 

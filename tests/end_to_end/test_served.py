@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Command]:
-    options = "--tensor-parallel 2 --replicas 2 --threads 1 --cache 8MiB --name tiny --device cpu"
+    options = "--tensor-parallel 2 --replicas 2 --threads 1 --cache 8MiB --name tiny --device cpu --plan-seconds 0"
     command = Command(tmp_path_factory.mktemp("server"), checkpoint, *options.split())
     try:
         command.wait_ready()

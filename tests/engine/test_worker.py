@@ -57,6 +57,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         block_size=4,
         num_blocks=NUM_BLOCKS,
         num_threads=1,
+        plan_seconds=0,
     )
 
 
