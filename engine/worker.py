@@ -76,6 +76,8 @@ class Worker:
         warm_up(config, model, pipeline, device)
         selector = Selector(config, pipeline, tensor_parallel, progress=self._tell)
         plans = selector.select(effort_at_start(config))
+        if plans is not None:  # they may need more than the sequential steps of the warm-up did
+            pipeline.reserve(plans.schedules, config.max_batch_tokens)
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
         self._runner = ModelRunner(config, model, pipeline, cache, device, plans, returns_logprobs=self._rank == 0)

@@ -36,6 +36,11 @@ class Arena:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._plans: dict[tuple[Schedule, str, int], BufferPlan] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds, which only grows."""
+        return len(self._memory)
+
     def places(
         self,
         schedule: Schedule,
@@ -46,6 +51,23 @@ class Arena:
         device: torch.device,
     ) -> dict[str, Sequence[Tensor]]:
         """For every value its rows [num_tokens, ...], in the copies that layers take in turn."""
+        plan = self.reserve(schedule, traced, num_layers, rows, num_tokens, device)
+        return {
+            value: [self._view(offset, rows.shapes[value], rows.dtype, num_tokens) for offset in copies]
+            for value, copies in plan.offsets.items()
+            if value != LAYER_INPUT
+        }
+
+    def reserve(
+        self,
+        schedule: Schedule,
+        traced: TracedLayer,
+        num_layers: int,
+        rows: RowShapes,
+        num_tokens: int,
+        device: torch.device,
+    ) -> BufferPlan:
+        """Have memory for a step of the schedule with so many tokens, and tell what lies where."""
         key = (schedule, traced.graph.signature, num_layers)
         if key not in self._plans:
             in_place, joined = shared_places(traced)
@@ -61,11 +83,7 @@ class Arena:
         plan = self._plans[key].scaled(num_tokens)
         if len(self._memory) < plan.num_bytes:
             self._memory = torch.empty(plan.num_bytes, dtype=torch.uint8, device=device)
-        return {
-            value: [self._view(offset, rows.shapes[value], rows.dtype, num_tokens) for offset in copies]
-            for value, copies in plan.offsets.items()
-            if value != LAYER_INPUT
-        }
+        return plan
 
     def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, num_tokens: int) -> Tensor:
         num_bytes = num_tokens * math.prod(shape) * dtype.itemsize

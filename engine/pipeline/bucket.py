@@ -64,6 +64,15 @@ _DECODE_EIGHTHS = {
     DecodeShare.ALL_DECODE: 8,
 }
 
+# In a loaded engine.
+_COMMONEST_FIRST = (
+    DecodeShare.MIXED,
+    DecodeShare.MOSTLY_DECODE,
+    DecodeShare.ALL_DECODE,
+    DecodeShare.MOSTLY_PREFILL,
+    DecodeShare.ALL_PREFILL,
+)
+
 
 def ladder(max_batch_tokens: int) -> tuple[int, ...]:
     """The smallest batch of every step, ascending; the dense batch is the last, however small it is."""
@@ -83,9 +92,9 @@ def bucket_of(num_decodes: int, num_prefills: int, max_batch_tokens: int) -> Buc
 
 
 def buckets(max_batch_tokens: int, max_sequences: int) -> Iterator[Bucket]:
-    """Every bucket that a batch of at most so many sequences can be in, the largest batches first."""
+    """Every bucket that a batch of at most so many sequences can be in: the largest first, then the commonest kind."""
     for num_tokens in reversed(ladder(max_batch_tokens)):
-        for share in DecodeShare:
+        for share in _COMMONEST_FIRST:
             bucket = Bucket(num_tokens, share)
             if bucket.batch(max_sequences) is not None:
                 yield bucket

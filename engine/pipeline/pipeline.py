@@ -5,7 +5,7 @@ that was planned for one batch is scaled to the batch at hand; what order its st
 once per schedule. Layers whose graph the schedule was not made for run one operation after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -92,6 +92,23 @@ class Pipeline:
     def check(self, schedule: Schedule) -> None:
         """Raise `ScheduleError` unless this model can be run by the schedule."""
         verify(schedule, self.graph)
+
+    def reserve(self, schedules: Iterable[Schedule], num_tokens: int) -> None:
+        """Take the memory that steps of so many tokens need by these schedules, before others count what is free.
+
+        A step must have run before: the shapes of the values are learned from it.
+        """
+        device = self._embedding.shard.weight.device
+        for schedule in schedules:
+            for run in self._runs:
+                if run.traced.graph.signature == self.graph.signature:
+                    rows = self._rows[self.graph.signature]
+                    self._arena.reserve(schedule, run.traced, len(run.programs), rows, num_tokens, device)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory held for the values between operations."""
+        return self._arena.num_bytes
 
     def _order_of(self, run: _Run, schedule: Schedule) -> Sequence[Dispatch]:
         key = (schedule, run.traced.graph.signature, len(run.programs))

@@ -27,7 +27,7 @@ _PLAN_KEYS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class SelectedPlan:
     """What to do with the batches of one bucket. `schedule` None: run the operations one after the other.
 
     Planned, and measured, for `num_decodes` and `num_prefills`: seconds of a whole step run sequentially and by the
@@ -49,7 +49,7 @@ class PlanSet:
     fingerprint: Fingerprint
     max_batch_tokens: int
     profile: Profile | None = None
-    plans: tuple[Plan, ...] = field(default=())
+    plans: tuple[SelectedPlan, ...] = field(default=())
 
     def __post_init__(self) -> None:
         seen: set[Bucket] = set()
@@ -64,7 +64,12 @@ class PlanSet:
                 raise ConfigError(f"the schedule of {batch} lacks one of these kinds of token.")
             seen.add(bucket)
 
-    def lookup(self, num_decodes: int, num_prefills: int) -> Plan | None:
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """All schedules but the sequential one."""
+        return tuple(plan.schedule for plan in self.plans if plan.schedule is not None)
+
+    def lookup(self, num_decodes: int, num_prefills: int) -> SelectedPlan | None:
         """The plan of the batch's bucket; None for a small batch or a bucket without a plan: run sequentially.
 
         Decided by the batch alone, so that every rank with these plans finds the same. A schedule found here fits.
@@ -73,7 +78,7 @@ class PlanSet:
         return None if bucket is None else self._by_bucket.get(bucket)
 
     @cached_property
-    def _by_bucket(self) -> Mapping[Bucket, Plan]:
+    def _by_bucket(self) -> Mapping[Bucket, SelectedPlan]:
         found = {self._bucket_of(plan.num_decodes, plan.num_prefills): plan for plan in self.plans}
         return {bucket: plan for bucket, plan in found.items() if bucket is not None}
 
@@ -116,7 +121,7 @@ class PlanSet:
         )
 
 
-def _plan(value: JsonValue) -> Plan:
+def _plan(value: JsonValue) -> SelectedPlan:
     entries = value.object(_PLAN_KEYS)
     lines = entries["schedule"]
     schedule = None
@@ -126,7 +131,7 @@ def _plan(value: JsonValue) -> Plan:
             schedule = Schedule.parse(text)
         except ScheduleError as error:
             raise ConfigError(f"{lines.where}: {error}") from None
-    return Plan(
+    return SelectedPlan(
         num_decodes=entries["num_decodes"].integer(0),
         num_prefills=entries["num_prefills"].integer(0),
         schedule=schedule,
@@ -136,7 +141,7 @@ def _plan(value: JsonValue) -> Plan:
     )
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: SelectedPlan) -> str:
     lines = None if plan.schedule is None else str(plan.schedule).splitlines()
     return (
         f' {{"num_decodes": {plan.num_decodes}, "num_prefills": {plan.num_prefills}, '

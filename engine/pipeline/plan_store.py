@@ -29,6 +29,14 @@ def cache_directory() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("nanoserve")).expanduser()
 
 
+def shipped_directory() -> Path | None:
+    """Plans that come with a checkout: `deploy/schedules`, beside this package; None in an installation without it."""
+    root = Path(__file__).resolve().parents[2]
+    shipped = root / "deploy" / "schedules"
+    # An installed package lies among others, where a folder of that name would be somebody else's.
+    return shipped if (root / "pyproject.toml").is_file() and shipped.is_dir() else None
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a search brought: plans or None, and in words where they come from or why there are none."""

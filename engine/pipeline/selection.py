@@ -7,35 +7,34 @@ by a margin is kept and stored. Where the prediction leaves nothing to win, noth
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import ConfigError
-from engine.operation import Resource
-from engine.pipeline.bucket import Bucket, DecodeShare, ladder
+from engine.pipeline.bucket import Bucket, buckets
+from engine.pipeline.contest import Contest, Tried
 from engine.pipeline.fingerprint import fingerprint_of
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.placement import CPU_LANES
-from engine.pipeline.plan_set import Plan as SelectedPlan
-from engine.pipeline.plan_set import PlanSet
-from engine.pipeline.plan_store import PlanStore
+from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
+from engine.pipeline.plan_set import PlanSet, SelectedPlan
+from engine.pipeline.plan_store import PlanStore, shipped_directory
 from engine.pipeline.profile import MeasuredCosts, Profile
 from engine.pipeline.profiler import QUICK, ProfileGrid, Profiler
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.stopwatch import Stopwatch
-from engine.pipeline.trial import Contestant, Timing, Trial
+from engine.pipeline.trial import Contestant, Trial
 from engine.tensor_parallel import TensorParallel
 
 _log = logging.getLogger(__name__)
 
-# A plan must be predicted to save this part of a step to be tried, and measured to save it to be kept.
+# A plan must be predicted to save this part of a step to be tried.
 LEAST_PREDICTED_GAIN = 0.02
-LEAST_MEASURED_GAIN = 0.02
 # Where computation waits for the network less than this, overlap is not worth measuring anything for.
 LEAST_NETWORK_SHARE = 0.04
 _NUM_CANDIDATES = 3
@@ -62,42 +61,6 @@ def effort_at_start(config: EngineConfig) -> Effort | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A candidate, how long a step's layers were predicted to take with it, and how long they took."""
-
-    schedule: Schedule
-    predicted_seconds: float
-    timing: Timing
-
-
-@dataclass(frozen=True, slots=True)
-class Contest:
-    """The sequential schedule against the best candidates, measured turn by turn."""
-
-    predicted_sequential: float
-    sequential: Timing
-    tried: tuple[Tried, ...]
-
-    @property
-    def winner(self) -> Tried | None:
-        """The fastest candidate, if it beats the sequential schedule by enough to be sure of it."""
-        best = min(self.tried, key=lambda tried: tried.timing.seconds, default=None)
-        if best is None or best.timing.seconds > (1 - LEAST_MEASURED_GAIN) * self.sequential.seconds:
-            return None
-        return best
-
-    def __str__(self) -> str:
-        times = f"sequential {1e3 * self.sequential.seconds:.1f} ms (predicted {1e3 * self.predicted_sequential:.1f})"
-        if not self.tried:
-            return f"{times}, and no plan promises to be faster"
-        best = min(self.tried, key=lambda tried: tried.timing.seconds)
-        return (
-            f"{times}, the best plan {1e3 * best.timing.seconds:.1f} ms (predicted {1e3 * best.predicted_seconds:.1f})"
-            + ("" if self.winner else ", which is not enough to be used")
-        )
-
-
 class Selector:
     """One rank's part in choosing plans; every rank of the group makes one and calls `select` with the others."""
 
@@ -114,20 +77,27 @@ class Selector:
         self._tensor_parallel = tensor_parallel
         self._device = torch.device(config.device.value)
         self._ranks = RankAgreement(tensor_parallel, self._device)
-        self._store = store or PlanStore()
+        self._lanes = GPU_LANES if config.device is DeviceKind.CUDA else CPU_LANES
+        self._store = store or PlanStore(shipped=shipped_directory())
         self._progress = progress
         self._fingerprint = fingerprint_of(config, pipeline.graph.signature, tensor_parallel)
 
     @property
     def can_overlap(self) -> bool:
-        """Whether this device has two lanes for the layer; else there is nothing to choose between."""
-        return any(node.resource is Resource.NETWORK for node in self._pipeline.graph.nodes)
+        """Whether the layer's operations are on several lanes here; else there is nothing to choose between.
+
+        A GPU has a lane of its own for attention that reads the cache, so that even a group of one can overlap there.
+        """
+        return len({lane_of(node, self._lanes) for node in self._pipeline.graph.nodes}) > 1
 
     def select(self, effort: Effort | None) -> PlanSet | None:
         """The plans to serve by; None runs everything sequentially. Without `effort` only stored plans are used."""
         if self._config.pipeline is PipelineMode.SEQUENTIAL or not self.can_overlap:
             return None
         stored = self.stored()
+        # On CUDA a start uses stored plans only. The kernels there cannot be captured into a graph yet, so that what a
+        # trial would time is mostly the launching; and a profile that tells shares of the units apart takes minutes.
+        # Both are done offline, and what they find is put into the store or shipped.
         if stored is not None or effort is None or self._config.device is DeviceKind.CUDA:
             return stored
         trial = Trial(self._config, self._pipeline, self._tensor_parallel)
@@ -141,13 +111,7 @@ class Selector:
         """The part of the largest step that computation waits for the network, which is all that could be gained."""
         num_tokens = self._config.max_batch_tokens
         num_decodes = min(self._config.max_sequences, num_tokens)
-        context = self._config.max_model_len / 4
-        shape = BatchShape(
-            num_decodes=num_decodes,
-            num_prefills=num_tokens - num_decodes,
-            decode_context=context,
-            prefill_context=context / 2,
-        )
+        shape = self._shape(num_decodes, num_tokens - num_decodes)
         (timing,) = trial.run([Contestant(self._pipeline.sequential, False)], shape, 0.0)
         return self._ranks.largest([timing.exposed_network_seconds / timing.seconds])[0]
 
@@ -163,9 +127,8 @@ class Selector:
             return None
         plans = PlanSet.parse(text)
         try:
-            for plan in plans.plans:
-                if plan.schedule is not None:
-                    self._pipeline.check(plan.schedule)
+            for schedule in plans.schedules:
+                self._pipeline.check(schedule)
         except ScheduleError as error:
             _log.warning("Stored plans cannot be used and are made anew: %s", error)
             return None
@@ -185,9 +148,10 @@ class Selector:
         trial = Trial(self._config, self._pipeline, self._tensor_parallel)
         started = Stopwatch.now()
         kept: list[SelectedPlan] = []
-        for num_tokens in reversed(ladder(self._config.max_batch_tokens)):
+        candidates = buckets(self._config.max_batch_tokens, self._config.max_sequences)
+        for _, of_this_size in groupby(candidates, key=lambda bucket: bucket.num_tokens):
             gains = False
-            for bucket in self._buckets(num_tokens):
+            for bucket in of_this_size:
                 if self._ranks.largest([Stopwatch.now() - started])[0] > effort.total_seconds:
                     return self._saved(profile, kept)
                 selected = self._select(bucket, costs, trial, effort.seconds_per_bucket)
@@ -197,22 +161,18 @@ class Selector:
                 break
         return self._saved(profile, kept)
 
-    def _buckets(self, num_tokens: int) -> Iterator[Bucket]:
-        """The buckets of so many tokens that can occur, the most frequent kind first."""
-        for share in sorted(DecodeShare, key=_FREQUENCY.index):
-            bucket = Bucket(num_tokens, share)
-            if bucket.batch(self._config.max_sequences) is not None:
-                yield bucket
+    def _shape(self, num_decodes: int, num_prefills: int) -> BatchShape:
+        """A batch of so many tokens, with the contexts of sequences that grow to half of what they may."""
+        context = self._config.max_model_len / 4
+        return BatchShape(
+            num_decodes=num_decodes, num_prefills=num_prefills, decode_context=context, prefill_context=context / 2
+        )
 
     def _select(self, bucket: Bucket, costs: MeasuredCosts, trial: Trial, seconds: float) -> SelectedPlan:
         """The fastest of sequential and the best candidates, run for real where the prediction promises a gain."""
         batch = bucket.batch(self._config.max_sequences)
         assert batch is not None
-        context = self._config.max_model_len / 4
-        shape = BatchShape(
-            num_decodes=batch[0], num_prefills=batch[1], decode_context=context, prefill_context=context / 2
-        )
-        contest = self.contest(shape, costs, trial, seconds)
+        contest = self.contest(self._shape(*batch), costs, trial, seconds)
         self._progress(f"{bucket}: {contest}")
         winner = contest.winner
         return SelectedPlan(
@@ -231,7 +191,7 @@ class Selector:
         trial: Trial,
         seconds: float,
         least_gain: float = LEAST_PREDICTED_GAIN,
-    ) -> "Contest":
+    ) -> Contest:
         """Plan for a batch, and run what is predicted to gain at least `least_gain` against the sequential schedule."""
         predicted, planned = self._candidates(shape, costs, seconds * _PLANNING_SHARE, least_gain)
         sequential, *timings = trial.run(
@@ -255,7 +215,7 @@ class Selector:
                 costs,
                 shape,
                 num_layers=self._config.model.num_layers,
-                lanes=CPU_LANES,
+                lanes=self._lanes,
                 seconds=seconds,
                 workers=self._config.threads_per_rank,
                 token_multiple=max(16, round(shape.num_tokens / 16)),
@@ -285,13 +245,3 @@ class Selector:
             except ConfigError as error:
                 _log.warning("The plans could not be stored and will be made again at the next start: %s", error)
         return chosen
-
-
-# What a loaded engine runs most comes first.
-_FREQUENCY = (
-    DecodeShare.MIXED,
-    DecodeShare.MOSTLY_DECODE,
-    DecodeShare.ALL_DECODE,
-    DecodeShare.MOSTLY_PREFILL,
-    DecodeShare.ALL_PREFILL,
-)

@@ -12,7 +12,7 @@ from engine.local_group import LocalGroup
 from engine.pipeline.bucket import buckets
 from engine.pipeline.fingerprint import Fingerprint, fingerprint_of
 from engine.pipeline.nano_batch import Cut, NanoBatch
-from engine.pipeline.plan_set import Plan, PlanSet
+from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.split_schedule import split_schedule
@@ -31,7 +31,7 @@ def store_plans(config: EngineConfig, cache: Path) -> set[str]:
     with LocalGroup(replace(config, plan_seconds=0)) as group:
         fingerprint, schedules = group.run(_describe, batches)[0]
     plans = tuple(
-        Plan(
+        SelectedPlan(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
             schedule=Schedule.parse(schedule),

@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 SEQUENTIAL = "sequential"
 PROMPT_LENGTHS = (100, 200, 290, 380)
-NUM_CALLS = 16
+NUM_CALLS = 24
+NUM_GENERATED = 24
 RECIPE = """\
 model: tiny
 tensor_parallel: 2
@@ -51,7 +52,9 @@ class Served:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("models")
-    model = sized_config(Architecture.LLAMA, hidden_size=128, intermediate_size=256, max_position_embeddings=1024)
+    model = sized_config(
+        Architecture.LLAMA, hidden_size=256, intermediate_size=704, num_layers=4, max_position_embeddings=1024
+    )
     write_random_checkpoint(directory / "tiny", model, seed=3)
     file = directory / "recipe.yaml"
     file.write_text(RECIPE)
@@ -70,7 +73,7 @@ def calls() -> list[dict[str, Any]]:
         {
             "model": "tiny",
             "prompt": source.choices(range(5, 260), k=PROMPT_LENGTHS[index % len(PROMPT_LENGTHS)]),
-            "max_tokens": 32,
+            "max_tokens": NUM_GENERATED,
             "ignore_eos": True,
             "return_token_ids": True,
         }
@@ -116,6 +119,7 @@ def serve(server: Command) -> Served:
     )
 
 
+@pytest.mark.timeout(600)  # three servers, one after the other
 def test_served_steps_run_by_the_stored_plans_and_draw_the_same_tokens(recipe: Path, tmp_path: Path) -> None:
     config = ServingConfig.load(recipe).engine_config(DeviceKind.CPU)
     plans = store_plans(config, tmp_path / "cache")
@@ -126,7 +130,7 @@ def test_served_steps_run_by_the_stored_plans_and_draw_the_same_tokens(recipe: P
         with serving(directory, recipe, tmp_path / "cache", "--pipeline", mode) as server:
             served[mode] = serve(server)
     for mode, result in served.items():
-        assert [len(answer) for answer in result.answers] == [32] * NUM_CALLS
+        assert [len(answer) for answer in result.answers] == [NUM_GENERATED] * NUM_CALLS
         assert len({tuple(answer) for answer in result.answers}) == NUM_CALLS, "every prompt has its own answer"
         assert result.num_steps_by_plan.total() == result.num_steps
         if mode == SEQUENTIAL:
@@ -137,5 +141,6 @@ def test_served_steps_run_by_the_stored_plans_and_draw_the_same_tokens(recipe: P
             # So many prompt tokens, at most a full batch of them in a step.
             assert num_planned >= sum(len(call["prompt"]) for call in calls()) // config.max_batch_tokens
         assert result.answers == served[SEQUENTIAL].answers
-    assert served["overlap"].overlap_saved_seconds > 0
-    assert served["overlap"].overlap_saved_seconds > 10 * served[SEQUENTIAL].overlap_saved_seconds
+    # Modes that wait for every collective at once save nothing but what passes between its launch and the waiting.
+    for mode in ("nanobatch", SEQUENTIAL):
+        assert served["overlap"].overlap_saved_seconds > 5 * served[mode].overlap_saved_seconds

@@ -94,7 +94,13 @@ def compare(
     lanes: Lanes | None = None,
 ) -> Outcome:
     """Both ways over equal caches, on this rank of a group of `size`."""
-    model, pipeline, config = _loaded(path, dtype, size)
+    return compare_loaded(*_loaded(path, dtype, size), batch, schedule, lanes or HostLanes(overlaps=overlaps))
+
+
+def compare_loaded(
+    model: Decoder, pipeline: Pipeline, config: EngineConfig, batch: RandomBatch, schedule: str, lanes: Lanes
+) -> Outcome:
+    """Both ways over equal caches, of a model that is there."""
     parsed = Schedule.parse(schedule)
     pipeline.check(parsed)
     with torch.inference_mode():
@@ -102,7 +108,7 @@ def compare(
         step, kv_cache = _step(batch, config)
         plain_TE = model(plain_step)
         cut = parsed.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
-        ordered_TE = pipeline.run(step, parsed, lanes or HostLanes(overlaps=overlaps), Stopwatch())
+        ordered_TE = pipeline.run(step, parsed, lanes, Stopwatch())
         order = torch.from_numpy(cut.positions_of(torch.arange(len(step.tokens)).numpy()))
         hidden_TE = model.norm(ordered_TE[order])
         tokens = [model.logits(states).argmax(dim=-1).tolist() for states in (plain_TE, hidden_TE)]
