@@ -76,10 +76,10 @@ test-all: install  ## run every test that needs no GPU
 
 gpu:  ## measure on one CUDA device; PART=pipeline for a part of it; PYTHON=python3 uses that Python and installs nothing
 ifeq ($(origin PYTHON),command line)
-	$(PYTHON) -m benchmarks.gpu $(addprefix --part ,$(PART)) $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) $(ARGS)
 else
 	$(MAKE) install
-	$(BIN)/python -m benchmarks.gpu $(addprefix --part ,$(PART)) $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(addprefix --part ,$(PART)) $(ARGS)
 endif
 
 test-gpu: install  ## run the tests that need a GPU

@@ -1,9 +1,9 @@
 """What the engine does on one CUDA device: right first, then how fast. `make gpu` runs it; no Ray and no network.
 
-    python -m benchmarks.gpu [--part correctness|pipeline|throughput] [--schedules DIR] [--json FILE]
+    python benchmarks/gpu.py [--part correctness|pipeline|throughput] [--schedules DIR] [--json FILE]
 
 Correctness: every architecture, tiny and random, through the whole engine on the CPU and on the GPU in float32 (no
-TF32): the same greedy and sampled tokens. Pipeline: see `benchmarks.gpu_pipeline`. Throughput: Llama-3-8B shapes with
+TF32): the same greedy and sampled tokens. Pipeline: see `gpu_pipeline`. Throughput: Llama-3-8B shapes with
 random weights in bfloat16, against the GEMM peak measured in the same run. Rows go to docs/GPU.md with the date and
 the versions printed here.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_pipeline import check_pipeline, measure_pipeline
 
-from benchmarks.gpu_pipeline import check_pipeline, measure_pipeline
 from engine import DeviceKind, DType, EngineConfig, LLMEngine, ModelConfig, Request, RequestId, SamplingParams
 from engine.inline_executor import InlineExecutor
 from engine.model_config import Architecture

@@ -1,4 +1,4 @@
-"""The nano-batch pipeline on one CUDA device: right first, then what overlapping gains; a part of `benchmarks.gpu`.
+"""The nano-batch pipeline on one CUDA device: right first, then what overlapping gains; a part of `gpu.py`.
 
 Right: tiny random models, dense and with experts, run sequentially, as nano-batches and overlapped, launched one by
 one and as a captured graph, give the hidden states and greedy tokens of the plain model. Speed: layers of Llama-3-8B's

@@ -75,10 +75,10 @@ class _Flight:
         """Wait until the result is there; only the waiting is time that the compute lane lost."""
         now = stopwatch.now()
         if self._collective is not None:
-            unnoticed = self._ended  # over before anybody waited; else the waiting ends the flight
+            early = self._ended  # over before anybody waited; else it is when the waiting is
             self._collective.wait()
             landed = stopwatch.spent(Cost.NETWORK, now)
-            stopwatch.flown(self._launched, unnoticed or landed)
+            stopwatch.flown(self._launched, early or landed)
             ended = min(self._ended or landed, landed)
             stopwatch.record(
                 self._name, Lane.NETWORK, self._started, ended=ended, layer=self._layer, tokens=self._tokens
