@@ -253,7 +253,7 @@ def _measure_batch(
             "schedule": name,
             "captured_seconds": timing.seconds,
             "launched_seconds": eager,
-            "num_rounds": timing.num_rounds,
+            "num_rounds": len(timing.rounds),
         }
 
 

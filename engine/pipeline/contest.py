@@ -1,12 +1,13 @@
 """`Contest`: what came of running the best candidates for a batch against the sequential schedule."""
 
+import statistics
 from dataclasses import dataclass
 
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.trial import Timing
 
 # A plan must be measured to save this part of a step to be kept.
-LEAST_MEASURED_GAIN = 0.02
+LEAST_MEASURED_GAIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,15 @@ class Contest:
 
     @property
     def winner(self) -> Tried | None:
-        """The fastest candidate, if it beats the sequential schedule by enough to be sure of it."""
+        """The fastest candidate, if it beats the sequential schedule by enough, as a rule and in nearly every round."""
         best = self._fastest
-        if best is None or best.timing.seconds > (1 - LEAST_MEASURED_GAIN) * self.sequential.seconds:
+        if best is None:
             return None
-        return best
+        ratios = [
+            ours / theirs for ours, theirs in zip(best.timing.rounds, self.sequential.rounds, strict=True)
+        ]  # of turns that followed each other, so that a slow spell of the machine hits both
+        num_slower = sum(ratio > 1 for ratio in ratios)
+        return best if statistics.median(ratios) <= 1 - LEAST_MEASURED_GAIN and 4 * num_slower <= len(ratios) else None
 
     @property
     def _fastest(self) -> Tried | None:

@@ -100,12 +100,12 @@ class Selector:
         # Both are done offline, and what they find is put into the store or shipped.
         if stored is not None or effort is None or self._config.device is DeviceKind.CUDA:
             return stored
-        trial = Trial(self._config, self._pipeline, self._tensor_parallel)
-        share = self._network_share(trial)
+        started = Stopwatch.now()
+        share = self._network_share(Trial(self._config, self._pipeline, self._tensor_parallel))
         if share < LEAST_NETWORK_SHARE:
             self._progress(f"no overlap to plan: the network takes {100 * share:.1f} % of the largest step")
             return self._saved(None, [])
-        return self.plan(self.profile(effort.grid), effort)
+        return self.plan(self.profile(effort.grid), effort, started)
 
     def _network_share(self, trial: Trial) -> float:
         """The part of the largest step that computation waits for the network, which is all that could be gained."""
@@ -142,11 +142,13 @@ class Selector:
         )
         return profiler.profile(self._store.profile_path(self._fingerprint) if self._ranks.is_first else None)
 
-    def plan(self, profile: Profile, effort: Effort) -> PlanSet:
-        """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something."""
+    def plan(self, profile: Profile, effort: Effort, started: float) -> PlanSet:
+        """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something.
+
+        `started` is when the selection began: the time that profiling took counts too.
+        """
         costs = MeasuredCosts(profile, self._pipeline.graph)
         trial = Trial(self._config, self._pipeline, self._tensor_parallel)
-        started = Stopwatch.now()
         kept: list[SelectedPlan] = []
         candidates = buckets(self._config.max_batch_tokens, self._config.max_sequences)
         for _, of_this_size in groupby(candidates, key=lambda bucket: bucket.num_tokens):

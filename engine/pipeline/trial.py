@@ -45,7 +45,7 @@ class Contestant:
 class Timing:
     """Medians over the rounds, of the layers of one step: seconds from start to end on the slowest rank, and of this
     rank its computing, its waiting for the network, the time in which collectives flew and the CPU time they took.
-    On a GPU the parts are not told apart: everything counts as computing.
+    On a GPU the parts are not told apart: everything counts as computing. `rounds` are the seconds of each.
     """
 
     seconds: float
@@ -53,7 +53,7 @@ class Timing:
     exposed_network_seconds: float
     network_seconds: float
     network_cpu_seconds: float
-    num_rounds: int
+    rounds: tuple[float, ...]
 
 
 class Trial:
@@ -132,7 +132,7 @@ class Trial:
             exposed_network_seconds=medians[2],
             network_seconds=medians[3],
             network_cpu_seconds=medians[4],
-            num_rounds=len(samples),
+            rounds=tuple(sample.seconds for sample in samples),
         )
 
     def _slowest(self, seconds: float) -> float:

@@ -104,7 +104,7 @@ class Rehearsal:
                 exposed_network_seconds=time * self.network_share,
                 network_seconds=time,
                 network_cpu_seconds=0.0,
-                num_rounds=3,
+                rounds=(time,) * 3,
             )
             for time in times
         ]

@@ -189,7 +189,7 @@ def test_a_trial_captures_every_contestant_once_and_launches_what_cannot_be_capt
     contestants = [Contestant(pipeline.sequential, overlaps) for overlaps in (False, True)]
     shape = BatchShape(num_decodes=3, num_prefills=5, decode_context=8, prefill_context=4)
     timings = trial.run(contestants, shape, 0.0)
-    assert [timing.num_rounds for timing in timings] == [MIN_ROUNDS] * 2
+    assert [len(timing.rounds) for timing in timings] == [MIN_ROUNDS] * 2
     assert captures.num_captured == (0 if refuses else 2)
     assert captures.num_replayed == (0 if refuses else 2 * (MIN_ROUNDS + 1))
     assert [record.message for record in caplog.records] == ["It waits. It is timed as it is launched."] * 2 * refuses
