@@ -33,13 +33,18 @@ class HostLanes:
         """Run every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer."""
         flights: deque[tuple[int, _Flight]] = deque()
         for place, (placed, layer, waits) in enumerate(order):
-            if waits:  # on a CPU that is at most one collective; those begun before it must have landed too
-                _land(flights, max(waits), stopwatch)
+            awaited = [wait for wait in waits if order[wait].placed.lane is Lane.NETWORK]
+            if awaited:  # what else it waits for has been computed; a collective lands after those begun before it
+                _land(flights, max(awaited), stopwatch)
             start, stop = ranges[placed.index]
             if start == stop:
                 continue
             bound = programs[layer].nodes[placed.step.node]
             if placed.lane is Lane.NETWORK:
+                operation = bound.calls[0].operation
+                if operation is not None and not operation.is_in_place:
+                    # Its result may lie where an earlier one reads from, which buffers take to be over by now.
+                    _land(flights, place, stopwatch)
                 flights.append((place, _Flight(bound, layer, (start, stop), values)))
                 if not self._overlaps:
                     _land(flights, place, stopwatch)

@@ -3,14 +3,16 @@
 A clock made by hand: launching, computing and waiting take the seconds that the script says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from torch import Tensor
 
+from engine.batch import StepTimes
 from engine.layers.collective import CollectiveOperation
+from engine.pipeline.dispatch import Dispatch
 from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.schedule import Lane
 from engine.pipeline.stopwatch import Stopwatch
@@ -61,6 +63,8 @@ class Flying:
 class Reduce(CollectiveOperation):
     """Takes `LAUNCH` to launch."""
 
+    is_in_place = True
+
     def __init__(self, clock: Clock, seconds: float) -> None:
         super().__init__(TensorParallel(), 1)
         self._clock, self._seconds = clock, seconds
@@ -68,6 +72,32 @@ class Reduce(CollectiveOperation):
     def start(self, output: Tensor, input: Tensor) -> Any:
         self._clock.take(LAUNCH)
         return Flying(self._clock, self._seconds)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    script: Sequence[tuple[str, float, tuple[int, ...]]],
+    *,
+    overlaps: bool,
+) -> StepTimes:
+    """Run steps (kind of node, seconds, places waited for), one after the other: "reduce" flies, the others compute."""
+    monkeypatch.setattr("engine.pipeline.stopwatch.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    order, nodes = [], {}
+    for place, (kind, seconds, waits) in enumerate(script):
+        operation = Reduce(clock, seconds) if kind == "reduce" else None
+        name = f"{kind} {place}"
+        calls = (SimpleNamespace(operation=operation),)
+        nodes[name] = SimpleNamespace(calls=calls, node=SimpleNamespace(name=name), seconds=seconds)
+        lane = Lane.NETWORK if operation else Lane.COMPUTE
+        placed = SimpleNamespace(index=place, lane=lane, step=SimpleNamespace(node=name))
+        order.append(Dispatch(cast(Any, placed), 0, waits))
+    values = SimpleNamespace(network_tensors=lambda *_: (None, None), run=lambda bound, *_: clock.take(bound.seconds))
+    stopwatch = Stopwatch()
+    HostLanes(overlaps=overlaps).run(
+        order, [(0, 1)] * len(order), cast(Any, [SimpleNamespace(nodes=nodes)]), cast(Any, values), stopwatch
+    )
+    return stopwatch.times()
 
 
 @pytest.mark.parametrize(
@@ -82,26 +112,17 @@ def test_only_what_flew_beside_computation_is_hidden(
     monkeypatch: pytest.MonkeyPatch, overlaps: bool, flight: float, compute: float, in_flight: float, exposed: float
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("engine.pipeline.stopwatch.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
-    reduce = SimpleNamespace(
-        calls=(SimpleNamespace(operation=Reduce(clock, flight)),), node=SimpleNamespace(name="reduce")
-    )
-    nodes = {"reduce": reduce, "product": SimpleNamespace(), "sum": SimpleNamespace()}
-    values = SimpleNamespace(
-        network_tensors=lambda *_: (None, None),
-        run=lambda bound, *_: clock.take(compute if bound is nodes["product"] else 0.0),
-    )
-    lanes = {"reduce": Lane.NETWORK, "product": Lane.COMPUTE, "sum": Lane.COMPUTE}
-    placed = [
-        SimpleNamespace(index=index, lane=lane, step=SimpleNamespace(node=node))
-        for index, (node, lane) in enumerate(lanes.items())
-    ]
-    order = [(placed[0], 0, ()), (placed[1], 0, ()), (placed[2], 0, (0,))]
-    stopwatch = Stopwatch()
-    HostLanes(overlaps=overlaps).run(
-        cast(Any, order), [(0, 1)] * 3, cast(Any, [SimpleNamespace(nodes=nodes)]), cast(Any, values), stopwatch
-    )
-    times = stopwatch.times()
+    script = [("reduce", flight, ()), ("product", compute, ()), ("sum", 0.0, (0,))]
+    times = run(monkeypatch, clock, script, overlaps=overlaps)
     assert times.network_seconds == in_flight
     assert times.exposed_network_seconds == exposed
     assert clock.seconds == 100.0 + LAUNCH + compute + exposed
+
+
+def test_a_collective_is_begun_while_another_flies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one waits for what computed its input and for nothing else."""
+    clock = Clock()
+    script = [("reduce", 50.0, ()), ("product", 10.0, ()), ("reduce", 20.0, (1,)), ("product", 10.0, ())]
+    times = run(monkeypatch, clock, script, overlaps=True)
+    assert times.exposed_network_seconds == pytest.approx(50.0 - 10.0 - LAUNCH - 10.0 + Flying.WAKE_UP)
+    assert clock.seconds == 100.0 + LAUNCH + 50.0 + Flying.WAKE_UP
