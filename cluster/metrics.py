@@ -10,7 +10,8 @@ strings included. Calls that ended otherwise (a disconnect, an error) add to `na
 
 Percent of the optimum over any range is the rate of `nanoserve_ideal_seconds_total` divided by that of
 `nanoserve_accounted_seconds_total`; the losses explain the rest, and `nanoserve_skipped_head_seconds_total` is how much
-they may exceed it by. All of these are missing, not zero, where no GEMM peak was measured.
+they may exceed it by. All of these are missing, not zero, where no GEMM peak was measured. So are the parts of the
+device time (`TIMES_METRICS`) where no step measured them, as on GPUs.
 """
 
 import threading
@@ -71,7 +72,22 @@ ENGINE_METRICS = (
     EngineMetric("prefix_cache_hits_total", "Prompt tokens found cached.", lambda s: s.num_cached_prompt_tokens, True),
     EngineMetric("num_preemptions_total", "Sequences that gave up their blocks.", lambda s: s.num_preemptions, True),
     EngineMetric("engine_device_seconds_total", "Time the ranks computed.", lambda s: s.device_seconds, True),
-    EngineMetric("engine_padding_tokens_total", "Rows computed to fill a batch.", lambda s: s.num_padding_tokens, True),
+    EngineMetric(
+        "engine_padding_tokens_total",
+        "Rows computed to fill a batch: 0 until steps are padded.",
+        lambda stats: stats.num_padding_tokens,
+        True,
+    ),
+    EngineMetric("engine_schedule_seconds_total", "Time spent composing batches.", lambda s: s.schedule_seconds, True),
+    EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
+    EngineMetric(
+        "request_queue_seconds_total", "Time requests waited before their first step.", lambda s: s.queue_seconds, True
+    ),
+)
+TIMES_METRICS = (
+    EngineMetric(
+        "engine_timed_steps_total", "Steps whose device time is known by its parts.", lambda s: s.num_timed_steps, True
+    ),
     EngineMetric("engine_gemm_seconds_total", "Device time in matrix products.", lambda s: s.gemm_seconds, True),
     EngineMetric("engine_attention_seconds_total", "Device time in attention.", lambda s: s.attention_seconds, True),
     EngineMetric("engine_network_seconds_total", "Time collectives were in flight.", lambda s: s.network_seconds, True),
@@ -86,11 +102,6 @@ ENGINE_METRICS = (
         "Time collectives were in flight while the ranks computed.",
         lambda stats: stats.hidden_network_seconds,
         True,
-    ),
-    EngineMetric("engine_schedule_seconds_total", "Time spent composing batches.", lambda s: s.schedule_seconds, True),
-    EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
-    EngineMetric(
-        "request_queue_seconds_total", "Time requests waited before their first step.", lambda s: s.queue_seconds, True
     ),
 )
 OPTIMUM_METRICS = (
@@ -141,7 +152,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One sample per metric, or per value of its own label."""
         stats, uptime = self._read()
-        for metric in ENGINE_METRICS:
+        for metric in (*ENGINE_METRICS, *(TIMES_METRICS if stats.num_timed_steps else ())):
             yield self._family(metric.name, metric.help, metric.read(stats), is_counter=metric.is_counter)
         yield self._family(ENGINE_UPTIME, "Time since the engine was ready; idle is uptime less busy.", uptime)
         yield self._by(ENGINE_FINISHED, "Requests the engine ended.", "finished_reason", stats.num_finished)

@@ -42,8 +42,9 @@ class EngineConfig:
     loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the machine's cores
     divided by the ranks of this group).
 
-    Where no plans are stored for this setup, a group that can overlap spends `plan_seconds` at its start to measure,
-    plan and try; 0 uses stored plans only.
+    Where no plans are stored for this setup, a group that can overlap measures, plans and tries at its start. No bucket
+    of batches is begun more than `plan_seconds` after that began, measuring included; the next start goes on with the
+    rest. 0 uses stored plans only.
     """
 
     model: ModelConfig

@@ -153,6 +153,7 @@ class LLMEngine:
             num_cached_blocks=self._blocks.num_cached_blocks,
             block_size=self._blocks.block_size,
             num_steps=steps.num_steps,
+            num_timed_steps=steps.num_timed_steps,
             num_batch_tokens=steps.num_batch_tokens,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,

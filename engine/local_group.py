@@ -17,17 +17,23 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError, NanoserveError
 
 if TYPE_CHECKING:
+    from engine.executor import CacheCapacity
     from engine.worker import Worker
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-CLOSE_SECONDS = 10.0
+CLOSE_SECONDS = 10.0  # for a rank to leave by itself
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class LocalGroup:
-    """A context: ranks start on entry and end on exit. `prepare(rank)` runs first in every process."""
+    """A context: ranks start on entry and end on exit. `prepare(rank)` runs first in every process.
+
+    `capacity` is what the started ranks say of their caches. A failure of one rank ends all of them.
+    """
+
+    capacity: "CacheCapacity"
 
     def __init__(self, config: EngineConfig, prepare: Callable[[int], None] | None = None) -> None:
         self._config = config
@@ -49,7 +55,7 @@ class LocalGroup:
                 theirs.close()
                 self._connections.append(ours)
                 self._processes.append(process)
-            self._results()
+            self.capacity = self._results()[0]
         except BaseException:
             self.close()
             raise
@@ -78,14 +84,18 @@ class LocalGroup:
                 continue
         for process in self._processes:
             process.join(CLOSE_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        self._kill()
         self._connections, self._processes = [], []
         self._directory.cleanup()
 
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
     def _results(self) -> list[Any]:
-        """One result of every rank; the first failure ends the wait, because the others may wait for that rank."""
+        """One result of every rank; the first failure ends the others, because they may wait for that rank."""
         results: list[Any] = [None] * len(self._connections)
         waiting = dict(zip(self._connections, range(len(self._connections)), strict=True))
         while waiting:
@@ -95,8 +105,12 @@ class LocalGroup:
                 try:
                     is_good, value = connection.recv()
                 except EOFError:
-                    raise EngineDeadError(f"Rank {rank} died: exit code {self._processes[rank].exitcode}.") from None
+                    self._processes[rank].join(CLOSE_SECONDS)
+                    exit_code = self._processes[rank].exitcode
+                    self._kill()
+                    raise EngineDeadError(f"Rank {rank} died: exit code {exit_code}.") from None
                 if not is_good:
+                    self._kill()
                     raise value
                 results[rank] = value
         return results
@@ -117,8 +131,7 @@ def _serve(
         from engine.worker import Worker
 
         worker = Worker(config, rank, rendezvous if config.tensor_parallel > 1 else None)
-        worker.start()
-        connection.send((True, None))
+        connection.send((True, worker.start()))
         while (request := connection.recv()) is not None:
             function, args, kwargs = request
             connection.send((True, function(worker, *args, **kwargs)))

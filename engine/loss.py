@@ -8,7 +8,7 @@ class Loss(StrEnum):
 
     A batch smaller than the dense batch costs more per token than a full one: that excess is KV-limited where requests
     waited for blocks, sequence-limited where they waited for a row (`max_sequences`), else traffic-limited.
-    `CPU_GAP` is time with a request open in which the ranks computed nothing.
+    `CPU_GAP` is time with a request open in which the ranks computed nothing. `PADDING` stays 0 until steps are padded.
     """
 
     NO_REQUESTS = "no_requests"

@@ -15,7 +15,8 @@ class EngineStats:
     step in flight, `schedule_seconds` time spent composing steps, `queue_seconds` the sum over requests of the time
     between arrival and the first step.
 
-    The parts of `device_seconds` are those of `engine.batch.StepTimes`; `hidden_network_seconds` is what overlap saved:
+    The parts of `device_seconds` are those of `engine.batch.StepTimes`, summed over the `num_timed_steps` steps that
+    measured them: with none, as on GPUs, they are unknown and not zero. `hidden_network_seconds` is what overlap saved:
     time collectives were in flight and nobody waited for them. Of the `accounted_seconds` (up to the last finished
     step, or up to now without requests) `ideal_seconds` is what the useful tokens take at the optimum, less
     `skipped_head_seconds` that prompt tokens save, and `loss_seconds` is the rest by cause: see `LossWaterfall`. These
@@ -29,6 +30,7 @@ class EngineStats:
     num_cached_blocks: int = 0
     block_size: int = 0
     num_steps: int = 0
+    num_timed_steps: int = 0
     num_batch_tokens: int = 0
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0

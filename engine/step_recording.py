@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.batch_shape import BatchShape
-from engine.config import PipelineMode
+from engine.config import DeviceKind, PipelineMode
 from engine.errors import ConfigError
 from engine.local_group import LocalGroup
 from engine.pipeline.lanes import Lanes, lanes_for
 from engine.pipeline.nano_batch import Cut
+from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
 from engine.pipeline.plan_choice import SEQUENTIAL
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule
@@ -36,16 +37,21 @@ class RankRecording:
     begins: tuple[float, ...]
     events: tuple[tuple[TimelineEvent, ...], ...]
     sequential_seconds: tuple[float, ...]
+    why_sequential: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecording:
-    """The step of median length, and the median seconds of a step run sequentially between the others."""
+    """The step of median length, and the median seconds of a step run sequentially between the others.
+
+    `why_sequential` is for people, where the engine was asked to choose and did not choose to cut the batch.
+    """
 
     plan_name: str
     schedule: Schedule
     timeline: Timeline
     sequential_seconds: float
+    why_sequential: str = ""
 
     @property
     def speedup(self) -> float:
@@ -92,6 +98,7 @@ class StepRecording:
             schedule=ranks[0].schedule,
             timeline=timeline,
             sequential_seconds=statistics.median(sequential),
+            why_sequential=ranks[0].why_sequential,
         )
 
 
@@ -100,6 +107,7 @@ def record_steps(
 ) -> RankRecording:
     """One rank's part; every rank of a group runs it at the same time."""
     name, schedule = _chosen(worker, shape, schedule_text, mode)
+    why = _why_sequential(worker) if name == SEQUENTIAL and mode is not PipelineMode.SEQUENTIAL else ""
     config = worker.config
     pipeline, device = worker.runner.pipeline, torch.device(config.device.value)
     ranks = RankAgreement(worker.tensor_parallel, device)
@@ -132,7 +140,7 @@ def record_steps(
                 sequential.append(seconds)
                 begins.append(began)
                 events.append(tuple(stopwatch.events or ()))
-    return RankRecording(name, schedule, tuple(begins), tuple(events), tuple(sequential))
+    return RankRecording(name, schedule, tuple(begins), tuple(events), tuple(sequential), why)
 
 
 def _chosen(worker: Worker, shape: BatchShape, text: str | None, mode: PipelineMode) -> tuple[str, Schedule]:
@@ -150,6 +158,19 @@ def _chosen(worker: Worker, shape: BatchShape, text: str | None, mode: PipelineM
             f"it has no place for a batch of {batch[0]} and {batch[1]}. Choose another share of decodes."
         )
     return "given", schedule
+
+
+def _why_sequential(worker: Worker) -> str:
+    """Why the engine has no other schedule for the batch."""
+    lanes = GPU_LANES if worker.config.device is DeviceKind.CUDA else CPU_LANES
+    if len({lane_of(node, lanes) for node in worker.runner.pipeline.graph.nodes}) == 1:
+        return "nothing of this layer can overlap here"
+    if not worker.runner.plans.has_plans:
+        return (
+            "no plan is stored for this setup; plan one with `nanoserve plan --schedule-out FILE` "
+            "and give it with --schedule FILE"
+        )
+    return "the stored plans have none for such a batch"
 
 
 def _placed(event: TimelineEvent, cut: Cut) -> TimelineEvent:

@@ -11,6 +11,7 @@ class StepTotals:
     """Counters since the start, under the names of `EngineStats`. Durations in seconds."""
 
     num_steps: int = 0
+    num_timed_steps: int = 0
     num_batch_tokens: int = 0
     num_padding_tokens: int = 0
     num_steps_by_plan: Counter[str] = field(default_factory=Counter)
@@ -30,6 +31,7 @@ class StepTotals:
         self.device_seconds += output.device_seconds
         times = output.times
         if times is not None:
+            self.num_timed_steps += 1
             self.gemm_seconds += times.gemm_seconds
             self.attention_seconds += times.attention_seconds
             self.exposed_network_seconds += times.exposed_network_seconds

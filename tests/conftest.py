@@ -1,6 +1,5 @@
 """What all tests share: nothing is read from, or written to, the cache of the user who runs them."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory() -> Iterator[None]:
     """A cache of the session's own, which the processes that tests start inherit."""
-    with tempfile.TemporaryDirectory(prefix="nanoserve-cache-") as directory:
-        os.environ["NANOSERVE_CACHE_DIR"] = directory
+    with tempfile.TemporaryDirectory(prefix="nanoserve-cache-") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOSERVE_CACHE_DIR", directory)
         yield
-        del os.environ["NANOSERVE_CACHE_DIR"]

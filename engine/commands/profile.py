@@ -1,5 +1,6 @@
 """`nanoserve profile`: what the operations of a layer cost on this machine, alone and beside each other."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from engine.commands.output_file import check_output_file
 from engine.config import DeviceKind, EngineConfig, PipelineMode
+from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def profile(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
 ) -> None:
     """Measure the operations of a layer for `plan --profile`; interrupted, it goes on where it stopped."""
+    from engine.commands.terminal import show_progress
     from engine.local_group import LocalGroup
     from engine.pipeline.profile import Profile
     from engine.pipeline.profile_summary import profile_summary
@@ -59,6 +62,7 @@ def profile(
         num_threads=threads,
         pipeline=PipelineMode.SEQUENTIAL,
     )
+    show_progress(f"starting {tensor_parallel} {'ranks' if tensor_parallel > 1 else 'rank'} ...")
     with LocalGroup(config) as group:
         path = group.run(measure, out, seconds)[0]
     typer.echo(f"{profile_summary(Profile.read(path))}\n\nWritten to {path}")
@@ -82,6 +86,8 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
         fingerprint,
         replace(QUICK if seconds < THOROUGH_SECONDS else THOROUGH, seconds=seconds),
     )
+    if path is not None:
+        refuse_another_profile(path, fingerprint)
     chosen = path or PlanStore().profile_path(fingerprint)
     is_first = worker.tensor_parallel.rank == 0
     with tqdm(desc="measured", unit="operation", disable=None if is_first else True) as bar:
@@ -92,3 +98,18 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
 
         profiler.profile(chosen, show)
     return chosen
+
+
+def refuse_another_profile(path: Path, fingerprint: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for a file with the profile of another setup, which must not be written over."""
+    from engine.pipeline.fingerprint import differences
+    from engine.pipeline.profile import Profile
+
+    try:
+        found = Profile.read(path)
+    except ConfigError:
+        return  # not there, or broken, which the profiler says
+    if what := differences(found.fingerprint, fingerprint):
+        raise ConfigError(
+            f"{path} holds the profile of another setup ({'; '.join(what)}): choose another file, or remove it first."
+        )

@@ -1,5 +1,6 @@
-"""Drawings for the terminal that a command runs in: as wide as it is, in colours where it has them."""
+"""The terminal that a command runs in: drawings as wide as it is, in colours where it has them, and progress."""
 
+import typer
 from rich.console import Console
 
 from engine.pipeline.drawing.terminal import draw_in_terminal
@@ -12,3 +13,8 @@ def in_terminal(timeline: Timeline) -> str:
     with console.capture() as captured:
         console.print(draw_in_terminal(timeline, console.width), soft_wrap=True)
     return captured.get().rstrip("\n")
+
+
+def show_progress(text: str) -> None:
+    """A line on standard error, so that standard output holds results alone."""
+    typer.echo(text, err=True)

@@ -27,7 +27,7 @@ def timeline(
     context: Annotated[int, typer.Option(min=1, help="Tokens that each of them attends to, on average.")] = 128,
     schedule: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A schedule file (default: what the engine would choose)."),
+        typer.Option(exists=True, dir_okay=False, help="A schedule file (default: the plan stored for this setup)."),
     ] = None,
     max_batch_tokens: Annotated[
         int, typer.Option(min=1, help="Of the engine whose choice it is: the largest batch.")
@@ -48,6 +48,7 @@ def timeline(
     The step is made up, of random keys, values and lengths; all that it computes and sends is real.
     """
     from engine.batch_shape import BatchShape
+    from engine.commands.terminal import show_progress
     from engine.local_group import LocalGroup
     from engine.pipeline.drawing.perfetto import write_trace
     from engine.pipeline.drawing.picture import check_matplotlib, write_picture
@@ -73,13 +74,16 @@ def timeline(
         tensor_parallel=tensor_parallel,
         max_batch_tokens=max(tokens, max_batch_tokens) if of_engine else tokens,
         max_model_len=max_model_len,
-        max_sequences=min(256, tokens),
+        max_sequences=max(1, num_decodes),
         block_size=BLOCK_SIZE,
         num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the step brings a cache of its own
         num_threads=threads,
         pipeline=PipelineMode.OVERLAP if of_engine else PipelineMode.SEQUENTIAL,
+        plan_seconds=0,  # a plan stored from here would be a server's
     )
+    show_progress(f"starting {tensor_parallel} {'ranks' if tensor_parallel > 1 else 'rank'} ...")
     with LocalGroup(config) as group:
+        show_progress(f"recording {repetitions} steps ...")
         recording = StepRecording.of(group, shape, given, mode, repetitions)
     ranks = f"{tensor_parallel} ranks on {device}" if tensor_parallel > 1 else f"1 rank on {device}"
     title = f"{model.resolve().name}, {ranks}, {tokens:,} tokens ({num_decodes:,} decodes), {mode}"
@@ -122,6 +126,7 @@ def _json(recording: "StepRecording", shape: "BatchShape", config: EngineConfig,
         "num_prefills": int(shape.num_prefills),
         "mode": mode.value,
         "plan": recording.plan_name,
+        "why_sequential": recording.why_sequential or None,
         "schedule": str(recording.schedule),
         "seconds": timeline.seconds,
         "sequential_seconds": recording.sequential_seconds,
@@ -146,9 +151,10 @@ def _summary(recording: "StepRecording") -> str:
         )
         for rank in ranks
     ]
+    why = f": {recording.why_sequential}" if recording.why_sequential else ""
     lines = (
         f"{'recorded':<20}{timeline.title}",
-        f"{'schedule':<20}{recording.plan_name}",
+        f"{'schedule':<20}{recording.plan_name}{why}",
         str(recording.schedule),
         in_terminal(timeline),
         "",

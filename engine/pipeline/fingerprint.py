@@ -33,6 +33,7 @@ def fingerprint_of(config: EngineConfig, layer: str, tensor_parallel: TensorPara
     """Of the layer with graph signature `layer` in this group; all ranks must call it together and get the same."""
     facts = {
         **_device_facts(config),
+        "nanoserve": _version("nanoserve", "source"),
         "torch": torch.__version__,
         "dtype": config.dtype.value,
         "model": _model_text(config.model),
@@ -40,6 +41,8 @@ def fingerprint_of(config: EngineConfig, layer: str, tensor_parallel: TensorPara
         "tensor parallel": str(config.tensor_parallel),
         "network": _network_text(config),
         "dense batch": str(config.max_batch_tokens),
+        "most sequences": str(config.max_sequences),
+        "longest sequence": str(config.max_model_len),
         "block size": str(config.block_size),
     }
     if tensor_parallel.size == 1:
@@ -98,11 +101,12 @@ def _nvidia_driver(version: Path) -> str:
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 
-def _version(package: str) -> str:
+def _version(package: str, otherwise: str = "none") -> str:
+    """The version installed; `otherwise` where the package is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "none"
+        return otherwise
 
 
 def _model_text(model: ModelConfig) -> str:
@@ -137,15 +141,15 @@ def _own_interface() -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = "127.0.0.1"
-    if address.startswith("127."):
-        return "loopback"
+    is_loopback = address.startswith("127.")  # any address of that block, which is one interface's
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue  # an interface without an address
-            if socket.inet_ntoa(answer[20:24]) == address:
+            found = socket.inet_ntoa(answer[20:24])
+            if found == address or (is_loopback and found.startswith("127.")):
                 return name
     return "unknown"
 

@@ -13,13 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.batch_shape import BatchShape
+from engine.model_shapes import model_shape
 from engine.operation import Resource, TokenKind
 from engine.pipeline.cost_model import Mode
+from engine.pipeline.planned_model import trace_planned_layer
 from engine.pipeline.profile import NodeProfile, Profile, Sample
 from engine.pipeline.unit_sharing import PAPER_SHARING
 
 PAPER_BATCH = BatchShape.steady(2048, 512, 1024)
 NUM_LAYERS = 80
+NUM_DEVICES = 8
 _SMALLEST_TOKENS = 128
 
 
@@ -60,6 +63,7 @@ def paper_profile() -> Profile:
         fingerprint={"device": "8 x a100-80gb", "model": "llama-2-70b", "dense batch": "2048", "dtype": "float16"},
         source="NanoFlow's measurements (arXiv 2408.12757, table 2; fixed parts from its repository's solution)",
         element_bytes=2,
+        layer=trace_planned_layer(model_shape("llama-2-70b"), NUM_DEVICES).graph.signature,
         nodes={
             name: NodeProfile(
                 samples=(_sample(operation, small=True), _sample(operation, small=False)),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
+from engine.pipeline.buffers import plan_buffers
 from engine.pipeline.dispatch import Dispatch, dispatch_order
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.lanes import Lanes
-from engine.pipeline.layer_program import LayerProgram
+from engine.pipeline.layer_program import LayerProgram, shared_places
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.sequential import sequential_schedule
@@ -90,8 +91,19 @@ class Pipeline:
         return hidden_TE
 
     def check(self, schedule: Schedule) -> None:
-        """Raise `ScheduleError` unless this model can be run by the schedule."""
+        """Raise `ScheduleError` unless this model can be run by the schedule, and its values have places to lie in.
+
+        Whether they have depends on no width, and those are not known before the first step: here every value is one
+        byte wide.
+        """
         verify(schedule, self.graph)
+        for run in self._runs:
+            graph = run.traced.graph
+            if graph.signature == self.graph.signature:
+                in_place, joined = shared_places(run.traced)
+                widths = dict.fromkeys(graph.producers, 1)
+                num_layers = len(run.programs)
+                plan_buffers(schedule, graph, widths, 1, num_layers=num_layers, in_place=in_place, joined=joined)
 
     def reserve(self, schedules: Iterable[Schedule], num_tokens: int) -> None:
         """Take the memory that steps of so many tokens need by these schedules, before others count what is free.

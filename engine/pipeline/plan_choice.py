@@ -13,6 +13,11 @@ class PlanChoice:
         self._sequential = sequential
         self._plans = plans
 
+    @property
+    def has_plans(self) -> bool:
+        """Whether anything was ever planned, if only to find that nothing is faster."""
+        return self._plans is not None
+
     def of(self, num_decodes: int, num_prefills: int) -> tuple[str, Schedule]:
         """Name and schedule for a batch of so many tokens of each kind."""
         plan = None if self._plans is None else self._plans.lookup(num_decodes, num_prefills)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from engine.errors import ConfigError
 from engine.optimum import active_parameters
 from engine.pipeline.plan import Candidate, Plan
 from engine.pipeline.plan_request import PlanRequest
@@ -47,7 +48,9 @@ class PlanReport:
 
     @property
     def tokens_per_second_per_device(self) -> float:
-        """Prompt and output tokens together."""
+        """Prompt and output tokens together. Raises `ConfigError` where the costs say that nothing takes time."""
+        if self.plan.best.step_seconds <= 0:
+            raise ConfigError(f"A step takes no time by these costs ({self.request.costs.source}): measure them again.")
         return self.request.num_tokens / self.plan.best.step_seconds / self.request.num_devices
 
     @property

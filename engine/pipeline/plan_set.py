@@ -1,10 +1,12 @@
 """`PlanSet`: the plans of one layer on one device, a bucket of batches each, with how each was chosen.
 
-    {"format": 1, "fingerprint": {...}, "max_batch_tokens": 2048, "profile": {...} or null,
+    {"format": 1, "fingerprint": {...}, "max_batch_tokens": 2048, "is_complete": true,
+     "profile": {...} or null,
      "plans": [{"num_decodes": 1024, "num_prefills": 1024, "schedule": ["nano-batches: ...", ...] or null,
                 "sequential_seconds": 0.21, "plan_seconds": 0.17, "predicted_seconds": 0.16}, ...]}
 
-A schedule is its text form line by line, so that changes read well; null means that sequential was the fastest.
+A schedule is its text form line by line, so that changes read well; null means that sequential was the fastest. A set
+that is not complete was cut short, and lacks plans for buckets that may be worth one.
 """
 
 import json
@@ -20,7 +22,7 @@ from engine.pipeline.profile import Profile
 from engine.pipeline.schedule import Schedule, ScheduleError
 
 FORMAT = 1
-_KEYS = ("format", "fingerprint", "max_batch_tokens", "profile", "plans")
+_KEYS = ("format", "fingerprint", "max_batch_tokens", "is_complete", "profile", "plans")
 _PLAN_KEYS = (
     "num_decodes", "num_prefills", "schedule", "sequential_seconds", "plan_seconds", "predicted_seconds",
 )  # fmt: skip
@@ -48,6 +50,7 @@ class PlanSet:
 
     fingerprint: Fingerprint
     max_batch_tokens: int
+    is_complete: bool = True
     profile: Profile | None = None
     plans: tuple[SelectedPlan, ...] = field(default=())
 
@@ -98,11 +101,15 @@ class PlanSet:
         profile = entries["profile"]
         fingerprint = {key: text.text() for key, text in entries["fingerprint"].entries().items()}
         max_batch_tokens = entries["max_batch_tokens"].integer(1)
+        is_complete = entries["is_complete"]
+        if not isinstance(is_complete.value, bool):
+            is_complete.refuse("true or false")
         plans = tuple(_plan(item) for item in entries["plans"].items())
         try:
             return cls(
                 fingerprint=fingerprint,
                 max_batch_tokens=max_batch_tokens,
+                is_complete=is_complete.value,
                 profile=None if profile.value is None else Profile.of(profile),
                 plans=plans,
             )
@@ -116,6 +123,7 @@ class PlanSet:
             f'{{\n"format": {FORMAT},\n'
             f'"fingerprint": {json.dumps(dict(self.fingerprint), indent=1)},\n'
             f'"max_batch_tokens": {self.max_batch_tokens},\n'
+            f'"is_complete": {json.dumps(self.is_complete)},\n'
             f'"plans": [\n{plans}\n],\n'
             f'"profile": {"null" if self.profile is None else str(self.profile).rstrip()}\n}}\n'
         )

@@ -1,8 +1,8 @@
 """`PlanStore`: plans and profiles on disk, a file per fingerprint, in the user's cache directory; shipped ones beside.
 
 A fingerprint that is not there is a miss with a reason: what differs from the nearest one that is. A file that cannot
-be used is reported, moved aside and counts as a miss. Several replicas may read and write at once: a file is replaced
-as a whole, and the last writer wins.
+be used is reported, moved aside and counts as a miss; so does one that cannot be read, which stays where it is. Several
+replicas may read and write at once: a file is replaced as a whole, and the last writer wins.
 """
 
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 from platformdirs import user_cache_dir
 
 from engine.errors import ConfigError
-from engine.pipeline.atomic_file import replace_file
+from engine.pipeline.atomic_file import read_file, replace_file
 from engine.pipeline.fingerprint import Fingerprint, differences, fingerprint_hash
 from engine.pipeline.json_value import JsonValue
 from engine.pipeline.plan_set import FORMAT, PlanSet
@@ -57,9 +57,13 @@ class PlanStore:
         """The file that holds, or would hold, the plans of this fingerprint."""
         return self._cache / "plans" / f"{fingerprint_hash(fingerprint)}.json"
 
-    def profile_path(self, fingerprint: Fingerprint) -> Path:
-        """The file in which the profiler keeps what it has measured so far, and all of it in the end."""
-        return self._cache / "profiles" / f"{fingerprint_hash(fingerprint)}.json"
+    def profile_path(self, fingerprint: Fingerprint, grid: str = "") -> Path:
+        """The file in which the profiler keeps what it has measured so far, and all of it in the end.
+
+        With the name of a `grid` a file of its own, so that a start's quick profile replaces none that took longer.
+        """
+        name = "-".join(part for part in (fingerprint_hash(fingerprint), grid) if part)
+        return self._cache / "profiles" / f"{name}.json"
 
     def find(self, fingerprint: Fingerprint) -> Found:
         """The plans of this fingerprint: the user's own, else shipped ones, else a reason."""
@@ -69,7 +73,7 @@ class PlanStore:
             plans = self._read(path)
             if plans is not None and not differences(plans.fingerprint, fingerprint):
                 return Found(plans, f"plans of {path}")
-        for path in [*sorted(own.parent.glob("*.json")), *self._shipped_files("*.json")]:
+        for path in [*_files(own.parent, "*.json"), *self._shipped_files("*.json")]:
             stored = _fingerprint(path)
             if stored is not None and differences(stored, fingerprint):
                 others.append(stored)
@@ -86,14 +90,15 @@ class PlanStore:
 
     def _shipped_files(self, pattern: str) -> Iterator[Path]:
         if self._shipped is not None:
-            yield from sorted(self._shipped.glob(f"*/{pattern}"))
+            yield from _files(self._shipped, f"*/{pattern}")
 
     def _read(self, path: Path) -> PlanSet | None:
         """None for a file that is not there or cannot be used; the latter is reported and, in the cache, moved."""
-        if not path.exists():
-            return None
         try:
-            plans = PlanSet.of(JsonValue.read(path))
+            text = read_file(path)
+            if text is None:
+                return None
+            plans = PlanSet.parse(text, str(path))
             if f"{fingerprint_hash(plans.fingerprint)}.json" != path.name:
                 raise ConfigError(f"{path} holds the plans of another fingerprint than it is named after.")
         except ConfigError as error:
@@ -110,6 +115,14 @@ class PlanStore:
                 _log.warning("%s It is not used.", error)
             return None
         return plans
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """In the order of their names; none of a folder that is not there or may not be looked into."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
 
 
 def _fingerprint(path: Path) -> Fingerprint | None:

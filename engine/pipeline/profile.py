@@ -227,6 +227,8 @@ def _node_profile(value: JsonValue) -> NodeProfile:
         modes.append(Mode(fields["share"].integer(1, ALL_UNITS), fields["speed"].number(is_positive=True)))
         if len(modes) > 1 and modes[-1].share <= modes[-2].share:
             fields["share"].refuse(f"above the share before it, {modes[-2].share}")
+    if modes and modes[-1].share != ALL_UNITS:
+        entries["modes"].refuse(f"a list that ends with the share of all units, {ALL_UNITS}")
     return NodeProfile(samples, tuple(modes))
 
 

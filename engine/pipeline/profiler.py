@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -22,12 +22,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
 from engine.operation import Resource, TokenKind
+from engine.pipeline.atomic_file import read_file
 from engine.pipeline.cost_model import Mode
 from engine.pipeline.fingerprint import Fingerprint, differences
 from engine.pipeline.graph import Node
 from engine.pipeline.layer_bench import LayerBench
 from engine.pipeline.profile import Interference, NodeProfile, Profile, Sample
-from engine.pipeline.rank_agreement import RankAgreement
+from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
 from engine.pipeline.schedule import ALL_UNITS
 from engine.pipeline.synthetic_step import synthetic_cache
 from engine.pipeline.timer import CudaTimer, HostTimer, Load, Timer
@@ -90,6 +91,7 @@ class Profiler:
         self._ranks = RankAgreement(tensor_parallel, device)
         self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
         self._benches: dict[tuple[BatchShape, str], LayerBench] = {}
+        self._path: Path | None = None
         self._done = Profile(
             fingerprint=dict(fingerprint),
             source=f"measured on {fingerprint.get('device', device.type)}, {tensor_parallel.size} rank(s), {grid.name}",
@@ -98,20 +100,25 @@ class Profiler:
         )
 
     @torch.inference_mode()
-    def profile(self, path: Path | None = None, progress: Progress | None = None) -> Profile:
+    def profile(
+        self, path: Path | None = None, progress: Progress | None = None, *, must_write: bool = True
+    ) -> Profile:
         """Measure what the file at `path` does not hold yet; rank 0 writes it after every node and every pair.
 
-        A file of another fingerprint, or one that cannot be read, is measured anew and replaced. Raises `ConfigError`
-        where the file cannot be written.
+        A file of another fingerprint, or one that cannot be read, is measured anew and replaced. Where it cannot be
+        written, all ranks raise `ConfigError`, or, without `must_write`, go on without a file.
         """
-        self._resume(path)
+        self._path = path
+        stored = self._stored(path)
+        if stored is not None:
+            self._done = replace(self._done, nodes=stored.nodes, interference=stored.interference)
         nodes, pairs = self._traced.graph.nodes, self._pairs
         total = len(nodes) + len(pairs)
         budget = self._grid.seconds / total
         for index, node in enumerate(nodes):
             if not self._is_profiled(node):
                 measured = self._node_profile(node, budget)
-                self._keep(replace(self._done, nodes={**self._done.nodes, node.name: measured}), path)
+                self._keep(replace(self._done, nodes={**self._done.nodes, node.name: measured}), must_write)
             if progress is not None:
                 progress(index + 1, total)
         for index, (node, others) in enumerate(pairs):
@@ -119,11 +126,20 @@ class Profiler:
             if missing:
                 speeds = self._pair_speeds(node, missing[0], budget)
                 found = tuple(_interference(node, other, speeds) for other in missing)
-                self._keep(replace(self._done, interference=sum(found, self._done.interference)), path)
+                self._keep(replace(self._done, interference=sum(found, self._done.interference)), must_write)
             if progress is not None:
                 progress(len(nodes) + index + 1, total)
         self._benches.clear()
         return self._done
+
+    def finished(self, path: Path) -> Profile | None:
+        """The profile in the file, if every node and pair was measured for this fingerprint, at whatever sizes."""
+        found = self._stored(path)
+        if found is None:
+            return None
+        pairs = {(node.name, other.name) for node, others in self._pairs for other in others}
+        is_finished = pairs <= {(pair.node, pair.beside) for pair in found.interference}
+        return found if is_finished and {node.name for node in self._traced.graph.nodes} <= set(found.nodes) else None
 
     @cached_property
     def _pairs(self) -> tuple[tuple[Node, tuple[Node, ...]], ...]:
@@ -145,28 +161,39 @@ class Profiler:
             pairs += [(node, (other,)) for node in computing for other in memory]
         return tuple(pairs)
 
-    def _resume(self, path: Path | None) -> None:
-        """Go on from the file, if rank 0 finds one of this fingerprint there."""
-        text = ""
-        if path is not None and self._ranks.is_first and path.exists():
-            try:
-                found = Profile.read(path)
-                changes = differences(found.fingerprint, self._done.fingerprint)
-                if changes:
-                    _log.info("%s is measured anew: %s.", path, "; ".join(changes))
-                else:
-                    text = str(found)
-            except ConfigError as error:
-                _log.warning("%s Its operations are measured anew.", error)
-        text = self._ranks.text_of_first(text)
-        if text:
-            found = Profile.parse(text, str(path))
-            self._done = replace(self._done, nodes=found.nodes, interference=found.interference)
+    def _stored(self, path: Path | None) -> Profile | None:
+        """What the file holds, if rank 0 finds one of this fingerprint there."""
+        if path is None:
+            return None
+        text = self._ranks.done_by_first(lambda: self._read(path))
+        return Profile.parse(text, str(path)) if text else None
 
-    def _keep(self, profile: Profile, path: Path | None) -> None:
+    def _read(self, path: Path) -> str:
+        """Nothing for a file that is missing or of no use, the latter with the reason logged."""
+        try:
+            text = read_file(path)
+            if text is None:
+                return ""
+            changes = differences(Profile.parse(text, str(path)).fingerprint, self._done.fingerprint)
+        except ConfigError as error:
+            _log.warning("%s Its operations are measured anew.", error)
+            return ""
+        if changes:
+            _log.info("%s is measured anew: %s.", path, "; ".join(changes))
+        return "" if changes else text
+
+    def _keep(self, profile: Profile, must_write: bool) -> None:
         self._done = profile
-        if path is not None and self._ranks.is_first:
-            profile.write(path)
+        if self._path is None:
+            return
+        try:
+            self._ranks.done_by_first(partial(_written, profile, self._path))
+        except FirstRankError as error:
+            if must_write:
+                raise ConfigError(str(error)) from error
+            if self._ranks.is_first:
+                _log.warning("%s What is measured now will be measured again at the next start.", error)
+            self._path = None
 
     def _is_profiled(self, node: Node) -> bool:
         found = self._done.nodes.get(node.name)
@@ -300,6 +327,11 @@ def overlapped_speeds(alone: tuple[float, float], together: tuple[float, float])
     speeds = [(own - (ended - both)) / both for own, ended in zip(alone, together, strict=True)]
     first, second = (min(_FASTEST, max(_SLOWEST, speed)) for speed in speeds)
     return first, second
+
+
+def _written(profile: Profile, path: Path) -> str:
+    profile.write(path)
+    return str(path)
 
 
 def _interference(node: Node, other: Node, speeds: tuple[float, float]) -> tuple[Interference, Interference]:

@@ -1,11 +1,19 @@
 """`RankAgreement`: the ranks of a group measure the same thing and go on with the same numbers."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from engine.errors import NanoserveError
 from engine.tensor_parallel import TensorParallel
+
+_log = logging.getLogger(__name__)
+
+
+class FirstRankError(NanoserveError):
+    """What rank 0 does alone failed; raised on every rank, so that none waits for it."""
 
 
 class RankAgreement:
@@ -30,15 +38,31 @@ class RankAgreement:
 
     def text_of_first(self, text: str) -> str:
         """What rank 0 has; what the others give does not matter."""
-        if self._tensor_parallel.size == 1:
-            return text
-        shared = [text]
-        dist.broadcast_object_list(shared, group=self._tensor_parallel.group, group_src=0)
-        return shared[0]
+        return self._of_first((True, text))[1]
+
+    def done_by_first(self, work: Callable[[], str]) -> str:
+        """What `work` returns on rank 0, which alone does it; raises `FirstRankError` everywhere if it fails there."""
+        outcome, cause = (True, ""), None
+        if self.is_first:
+            try:
+                outcome = True, work()
+            except Exception as error:  # whatever it is, the other ranks wait
+                outcome, cause = (False, _described(error)), error
+        succeeded, text = self._of_first(outcome)
+        if not succeeded:
+            raise FirstRankError(text) from cause
+        return text
 
     def meet(self) -> None:
         """Wait until every rank is here."""
         self._reduced([0.0], dist.ReduceOp.MAX)
+
+    def _of_first(self, outcome: tuple[bool, str]) -> tuple[bool, str]:
+        if self._tensor_parallel.size == 1:
+            return outcome
+        shared = [outcome]
+        dist.broadcast_object_list(shared, group=self._tensor_parallel.group, group_src=0)
+        return shared[0]
 
     def _reduced(self, numbers: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self._tensor_parallel.size == 1:
@@ -46,3 +70,11 @@ class RankAgreement:
         agreed = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         dist.all_reduce(agreed, op=operation, group=self._tensor_parallel.group)
         return [float(number) for number in agreed.tolist()]
+
+
+def _described(error: Exception) -> str:
+    """The error in a line; one that was not raised on purpose is logged with where it came from."""
+    if isinstance(error, NanoserveError):
+        return str(error)
+    _log.warning("Rank 0 failed in what it does for the group.", exc_info=error)
+    return f"{type(error).__name__}: {error}"

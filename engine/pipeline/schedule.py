@@ -28,10 +28,15 @@ from engine.errors import ConfigError
 from engine.pipeline.nano_batch import Cut, NanoBatch
 
 ALL_UNITS = 10
+# A delay says how many layers a nano-batch is behind; more than a few would only lengthen the ramps.
+LARGEST_DELAY = 99
 _CUT_KEY = "nano-batches"
 _STARTS_KEY = "starts"
-_NANO_BATCH = re.compile(r"(\d+)\+(\d+)")
-_STEP = re.compile(r"(?P<node>\w+)\[(?P<start>\d+):(?P<stop>\d+)\](?:\*(?P<share>\d+))?(?:@(?P<delay>\d+))?")
+_NUMBER = "[0-9]{1,9}"
+_NANO_BATCH = re.compile(rf"({_NUMBER})\+({_NUMBER})")
+_STEP = re.compile(
+    rf"(?P<node>\w+)\[(?P<start>{_NUMBER}):(?P<stop>{_NUMBER})\](?:\*(?P<share>{_NUMBER}))?(?:@(?P<delay>{_NUMBER}))?"
+)
 
 
 class ScheduleError(ConfigError):

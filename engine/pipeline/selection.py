@@ -2,20 +2,21 @@
 
 Stored plans of the same fingerprint are used as they are. Without any, the group profiles its layer, rank 0 plans for
 the largest batches first, every rank runs the best few candidates and the sequential schedule for real, and what wins
-by a margin is kept and stored. Where the prediction leaves nothing to win, nothing is run. All ranks end with the same.
+by a margin is kept and stored. Where the prediction leaves nothing to win, nothing is run. Plans that were cut short by
+time are gone on with at the next start. All ranks end with the same; what fails on rank 0 makes steps run sequentially.
 """
 
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
-from engine.errors import ConfigError
 from engine.pipeline.bucket import Bucket, buckets
 from engine.pipeline.contest import Contest, Tried
 from engine.pipeline.fingerprint import fingerprint_of
@@ -25,7 +26,7 @@ from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore, shipped_directory
 from engine.pipeline.profile import MeasuredCosts, Profile
 from engine.pipeline.profiler import QUICK, ProfileGrid, Profiler
-from engine.pipeline.rank_agreement import RankAgreement
+from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.trial import Contestant, Trial
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 LEAST_PREDICTED_GAIN = 0.02
 # Where computation waits for the network less than this, overlap is not worth measuring anything for.
 LEAST_NETWORK_SHARE = 0.04
+_NETWORK_SHARE_SECONDS = 1.0
 _NUM_CANDIDATES = 3
 _PLANNING_SHARE = 0.4
 Progress = Callable[[str], None]
@@ -46,7 +48,7 @@ Progress = Callable[[str], None]
 class Effort:
     """How much time a selection takes: to profile (`grid`), and to plan and to try each bucket of batches.
 
-    No bucket is begun after `total_seconds`; batches of those left out run sequentially.
+    No bucket is begun after `total_seconds`, of which profiling is a part; batches of those left out run sequentially.
     """
 
     grid: ProfileGrid
@@ -94,17 +96,28 @@ class Selector:
         """The plans to serve by; None runs everything sequentially. Without `effort` only stored plans are used."""
         if self._config.pipeline is PipelineMode.SEQUENTIAL or not self.can_overlap:
             return None
+        try:
+            return self._stored_or_planned(effort)
+        except FirstRankError as error:
+            self._warn(f"There are no plans, and steps run sequentially: {error}")
+            return None
+
+    def _stored_or_planned(self, effort: Effort | None) -> PlanSet | None:
         stored = self.stored()
         # On CUDA a start uses stored plans only. The kernels there cannot be captured into a graph yet, so that what a
         # trial would time is mostly the launching; and a profile that tells shares of the units apart takes minutes.
         # Both are done offline, and what they find is put into the store or shipped.
-        if stored is not None or effort is None or self._config.device is DeviceKind.CUDA:
+        is_enough = stored is not None and stored.is_complete
+        if is_enough or effort is None or self._config.device is DeviceKind.CUDA:
             return stored
         started = Stopwatch.now()
+        if stored is not None:
+            self._progress("these plans were cut short by time, and are gone on with")
+            return self.plan(stored.profile or self.profile(effort.grid), effort, started, stored)
         share = self._network_share(Trial(self._config, self._pipeline, self._tensor_parallel))
         if share < LEAST_NETWORK_SHARE:
             self._progress(f"no overlap to plan: the network takes {100 * share:.1f} % of the largest step")
-            return self._saved(None, [])
+            return None  # it takes little to find out again, and the next time may tell something else
         return self.plan(self.profile(effort.grid), effort, started)
 
     def _network_share(self, trial: Trial) -> float:
@@ -112,17 +125,12 @@ class Selector:
         num_tokens = self._config.max_batch_tokens
         num_decodes = min(self._config.max_sequences, num_tokens)
         shape = self._shape(num_decodes, num_tokens - num_decodes)
-        (timing,) = trial.run([Contestant(self._pipeline.sequential, False)], shape, 0.0)
+        (timing,) = trial.run([Contestant(self._pipeline.sequential, False)], shape, _NETWORK_SHARE_SECONDS)
         return self._ranks.largest([timing.exposed_network_seconds / timing.seconds])[0]
 
     def stored(self) -> PlanSet | None:
         """The stored plans of this fingerprint, if they are there and can be used."""
-        text = ""
-        if self._ranks.is_first:
-            found = self._store.find(self._fingerprint)
-            self._progress(found.reason)
-            text = "" if found.plans is None else str(found.plans)
-        text = self._ranks.text_of_first(text)
+        text = self._ranks.done_by_first(self._found)
         if not text:
             return None
         plans = PlanSet.parse(text)
@@ -130,38 +138,59 @@ class Selector:
             for schedule in plans.schedules:
                 self._pipeline.check(schedule)
         except ScheduleError as error:
-            _log.warning("Stored plans cannot be used and are made anew: %s", error)
+            self._warn(f"Stored plans cannot be used and are made anew: {error}")
             return None
         return plans
 
+    def _found(self) -> str:
+        """Rank 0's part: the text of the stored plans, or nothing."""
+        found = self._store.find(self._fingerprint)
+        self._progress(found.reason)
+        return "" if found.plans is None else str(found.plans)
+
     def profile(self, grid: ProfileGrid) -> Profile:
-        """Measure the layer on all ranks."""
-        self._progress(f"measuring the operations of a layer ({grid.name} profile)")
+        """What `nanoserve profile` measured for this setup, if it did; else measure the layer on all ranks."""
         profiler = Profiler(
             self._pipeline.traced, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
         )
-        return profiler.profile(self._store.profile_path(self._fingerprint) if self._ranks.is_first else None)
+        finished = profiler.finished(self._store.profile_path(self._fingerprint))
+        if finished is not None:
+            self._progress(f"the operations of a layer as they were {finished.source}")
+            return finished
+        self._progress(f"measuring the operations of a layer ({grid.name} profile)")
+        return profiler.profile(self._store.profile_path(self._fingerprint, grid.name), must_write=False)
 
-    def plan(self, profile: Profile, effort: Effort, started: float) -> PlanSet:
+    def plan(self, profile: Profile, effort: Effort, started: float, begun: PlanSet | None = None) -> PlanSet:
         """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something.
 
-        `started` is when the selection began: the time that profiling took counts too.
+        `started` is when the selection began: the time that profiling took counts too. What `begun` has is kept. A
+        bucket that cannot be planned is left out, and tried again at the next start.
         """
         costs = MeasuredCosts(profile, self._pipeline.graph)
         trial = Trial(self._config, self._pipeline, self._tensor_parallel)
         kept: list[SelectedPlan] = []
+        is_complete = True
         candidates = buckets(self._config.max_batch_tokens, self._config.max_sequences)
         for _, of_this_size in groupby(candidates, key=lambda bucket: bucket.num_tokens):
             gains = False
             for bucket in of_this_size:
-                if self._ranks.largest([Stopwatch.now() - started])[0] > effort.total_seconds:
-                    return self._saved(profile, kept)
-                selected = self._select(bucket, costs, trial, effort.seconds_per_bucket)
+                batch = bucket.batch(self._config.max_sequences)
+                assert batch is not None
+                selected = None if begun is None else begun.lookup(*batch)
+                if selected is None:
+                    if self._ranks.largest([Stopwatch.now() - started])[0] > effort.total_seconds:
+                        return self._saved(profile, kept, is_complete=False)
+                    try:
+                        selected = self._select(bucket, batch, costs, trial, effort.seconds_per_bucket)
+                    except FirstRankError as error:
+                        self._warn(f"No plan for batches of {bucket}, which run sequentially: {error}")
+                        is_complete = False
+                        continue
                 kept.append(selected)
                 gains |= selected.schedule is not None
             if not gains:
                 break
-        return self._saved(profile, kept)
+        return self._saved(profile, kept, is_complete)
 
     def _shape(self, num_decodes: int, num_prefills: int) -> BatchShape:
         """A batch of so many tokens, with the contexts of sequences that grow to half of what they may."""
@@ -170,10 +199,10 @@ class Selector:
             num_decodes=num_decodes, num_prefills=num_prefills, decode_context=context, prefill_context=context / 2
         )
 
-    def _select(self, bucket: Bucket, costs: MeasuredCosts, trial: Trial, seconds: float) -> SelectedPlan:
+    def _select(
+        self, bucket: Bucket, batch: tuple[int, int], costs: MeasuredCosts, trial: Trial, seconds: float
+    ) -> SelectedPlan:
         """The fastest of sequential and the best candidates, run for real where the prediction promises a gain."""
-        batch = bucket.batch(self._config.max_sequences)
-        assert batch is not None
         contest = self.contest(self._shape(*batch), costs, trial, seconds)
         self._progress(f"{bucket}: {contest}")
         winner = contest.winner
@@ -208,42 +237,48 @@ class Selector:
         self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float
     ) -> tuple[float, list[tuple[Schedule, float]]]:
         """Rank 0 plans: the predicted seconds of a sequential step; candidates that promise to beat it, with theirs."""
-        text = ""
-        if self._ranks.is_first:
-            from engine.pipeline.planner import plan
-
-            planned = plan(
-                self._pipeline.graph,
-                costs,
-                shape,
-                num_layers=self._config.model.num_layers,
-                lanes=self._lanes,
-                seconds=seconds,
-                workers=self._config.threads_per_rank,
-                token_multiple=max(16, round(shape.num_tokens / 16)),
-                num_candidates=_NUM_CANDIDATES,
-            )
-            worth = (1 - least_gain) * planned.sequential.step_seconds
-            candidates = [
-                (str(candidate.schedule), candidate.step_seconds)
-                for candidate in planned.candidates
-                if candidate.step_seconds <= worth
-            ]
-            text = json.dumps([planned.sequential.step_seconds, candidates])
-        predicted, candidates = json.loads(self._ranks.text_of_first(text))
+        text = self._ranks.done_by_first(partial(self._planned, shape, costs, seconds, least_gain))
+        predicted, candidates = json.loads(text)
         return predicted, [(Schedule.parse(schedule), step_seconds) for schedule, step_seconds in candidates]
 
-    def _saved(self, profile: Profile | None, plans: list[SelectedPlan]) -> PlanSet:
+    def _planned(self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float) -> str:
+        """Rank 0's part: [seconds, [[schedule, seconds], ...]] as JSON."""
+        from engine.pipeline.planner import plan
+
+        planned = plan(
+            self._pipeline.graph,
+            costs,
+            shape,
+            num_layers=self._config.model.num_layers,
+            lanes=self._lanes,
+            seconds=seconds,
+            workers=self._config.threads_per_rank,
+            token_multiple=max(16, round(shape.num_tokens / 16)),
+            num_candidates=_NUM_CANDIDATES,
+        )
+        worth = (1 - least_gain) * planned.sequential.step_seconds
+        candidates = [candidate for candidate in planned.candidates if candidate.step_seconds <= worth]
+        for candidate in candidates:
+            self._pipeline.check(candidate.schedule)
+        found = [(str(candidate.schedule), candidate.step_seconds) for candidate in candidates]
+        return json.dumps([planned.sequential.step_seconds, found])
+
+    def _saved(self, profile: Profile, plans: list[SelectedPlan], is_complete: bool) -> PlanSet:
         chosen = PlanSet(
             fingerprint=self._fingerprint,
             max_batch_tokens=self._config.max_batch_tokens,
+            is_complete=is_complete,
             profile=profile,
             plans=tuple(plans),
         )
         chosen = PlanSet.parse(self._ranks.text_of_first(str(chosen)))
-        if self._ranks.is_first:
-            try:
-                self._store.save(chosen)
-            except ConfigError as error:
-                _log.warning("The plans could not be stored and will be made again at the next start: %s", error)
+        try:
+            self._ranks.done_by_first(lambda: str(self._store.save(chosen)))
+        except FirstRankError as error:
+            self._warn(f"The plans could not be stored and will be made again at the next start: {error}")
         return chosen
+
+    def _warn(self, text: str) -> None:
+        """Once for the group."""
+        if self._ranks.is_first:
+            _log.warning("%s", text)

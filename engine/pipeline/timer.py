@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
+from engine.pipeline.capture import CapturedRun, Captures
 from engine.tensor_parallel import Collective
 
 # More than what the processor, or the GPU, keeps near it.
@@ -21,9 +23,12 @@ _HOST_CACHE_BYTES = 2**25
 _CUDA_CACHE_BYTES = 2**28
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Load:
-    """Something to time. `start` is there for a collective: begin it and return what is then in flight."""
+    """Something to time. `start` is there for a collective: begin it and return what is then in flight.
+
+    A timer may keep something for each load, which goes with it; every load is equal only to itself.
+    """
 
     run: Callable[[], object]
     start: Callable[[], Collective | None] | None = None
@@ -81,22 +86,24 @@ class CudaTimer:
     """`seconds` may be given a stream that owns a part of the execution units."""
 
     def __init__(self) -> None:
-        self._graphs: dict[int, tuple[Load, Callable[[], None]]] = {}
-        self._streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Two of each: graphs that run at the same time must not share memory.
+        self._sides = (_Side(device), _Side(device))
         self._scratch = torch.ones(_CUDA_CACHE_BYTES // 4, device="cuda")
 
     def seconds(self, load: Load, stream: torch.cuda.Stream | None = None) -> float:
-        replay = self._captured(load)
+        side = self._sides[0]
+        captured = side.captured(load)
         if load.start is None:
             self._scratch.zero_()
-        return self._run([(stream or self._streams[0], replay, 1)])[0]
+        return self._run([(stream or side.stream, captured, 1)])[0]
 
     def together(self, first: Load, num_first: int, second: Load, num_second: int) -> tuple[float, float]:
-        jobs = zip(self._streams, (first, second), (num_first, num_second), strict=True)
-        ended = self._run([(stream, self._captured(load), count) for stream, load, count in jobs])
+        jobs = zip(self._sides, (first, second), (num_first, num_second), strict=True)
+        ended = self._run([(side.stream, side.captured(load), count) for side, load, count in jobs])
         return ended[0], ended[1]
 
-    def _run(self, jobs: list[tuple[torch.cuda.Stream, Callable[[], None], int]]) -> list[float]:
+    def _run(self, jobs: list[tuple[torch.cuda.Stream, CapturedRun[object], int]]) -> list[float]:
         """The seconds from a common start to the end of each stream's runs."""
         torch.cuda.synchronize()
         started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -104,25 +111,28 @@ class CudaTimer:
         ends: list[torch.cuda.Event] = []
         for stream, _, _ in jobs[1:]:
             stream.wait_event(started)
-        for stream, replay, count in jobs:
+        for stream, captured, count in jobs:
             ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 for _ in range(count):
-                    replay()
+                    captured.replay()
                 ended.record(stream)
             ends.append(ended)
         torch.cuda.synchronize()
         return [float(started.elapsed_time(ended)) / 1000 for ended in ends]
 
-    def _captured(self, load: Load) -> Callable[[], None]:
-        """The load as a graph; kept, with the load itself, so that its identity stays its own."""
-        if id(load) not in self._graphs:
-            side = self._streams[0]
-            with torch.cuda.stream(side):
-                load.run()  # libraries initialise themselves outside a capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
-                load.run()
-            self._graphs[id(load)] = (load, graph.replay)
-        return self._graphs[id(load)][1]
+
+class _Side:
+    """A stream, and the graphs that are launched on it one at a time. A graph lives as long as its load."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captures = Captures(device)
+        self._captured: WeakKeyDictionary[Load, CapturedRun[object]] = WeakKeyDictionary()
+
+    def captured(self, load: Load) -> CapturedRun[object]:
+        """The load as a graph, made when it is first asked for."""
+        captured = self._captured.get(load)
+        if captured is None:
+            captured = self._captured[load] = self._captures.capture(load.run)
+        return captured

@@ -10,11 +10,13 @@ from itertools import pairwise
 from engine.operation import Resource
 from engine.pipeline.dependencies import Dependencies, PlacedStep, has_tokens
 from engine.pipeline.graph import Node, OperationGraph
-from engine.pipeline.schedule import ALL_UNITS, Lane, Schedule, ScheduleError, Step
+from engine.pipeline.schedule import ALL_UNITS, LARGEST_DELAY, Lane, Schedule, ScheduleError, Step
 
 
 def verify(schedule: Schedule, graph: OperationGraph) -> None:
     """Raises `ScheduleError`, which names the steps at fault and what would be right."""
+    if any(min(part.num_decodes, part.num_prefills) < 0 for part in schedule.cut.nano_batches):
+        raise ScheduleError("a nano-batch has a negative number of tokens: it can have none of a kind, but not fewer.")
     for lane, step in schedule.steps:
         _verify_step(schedule, graph, lane, step)
     steps: dict[str, list[Step]] = {}
@@ -69,8 +71,10 @@ def _verify_step(schedule: Schedule, graph: OperationGraph, lane: Lane, step: St
             f"{step} on lane {lane}: its range must hold a token and lie within the batch,"
             f" [0:{schedule.cut.num_tokens}]."
         )
-    if not 1 <= step.share <= ALL_UNITS or step.delay < 0:
-        raise ScheduleError(f"{step} on lane {lane}: a share is 1 to {ALL_UNITS} tenths, and a delay is not negative.")
+    if not 1 <= step.share <= ALL_UNITS or not 0 <= step.delay <= LARGEST_DELAY:
+        raise ScheduleError(
+            f"{step} on lane {lane}: a share is 1 to {ALL_UNITS} tenths, and a delay is 0 to {LARGEST_DELAY} periods."
+        )
     if (node.resource is Resource.NETWORK) != (lane is Lane.NETWORK):
         right = "network" if node.resource is Resource.NETWORK else "compute or memory"
         raise ScheduleError(f"{step} is on the wrong lane, {lane}: a {node.resource} operation belongs on {right}.")

@@ -11,6 +11,7 @@ from cluster.metrics import (
     ENGINE_METRICS,
     OPTIMUM_METRICS,
     PREFIX,
+    TIMES_METRICS,
     EngineCollector,
     IngressMetrics,
     MetricsEndpoint,
@@ -20,7 +21,7 @@ from engine import EngineStats, Loss, LossWaterfall
 
 
 def test_names_follow_the_conventions() -> None:
-    metrics = (*ENGINE_METRICS, *OPTIMUM_METRICS)
+    metrics = (*ENGINE_METRICS, *TIMES_METRICS, *OPTIMUM_METRICS)
     assert len({metric.name for metric in metrics}) == len(metrics)
     for metric in metrics:
         assert re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", metric.name)
@@ -36,7 +37,7 @@ def test_every_field_of_the_stats_is_exported() -> None:
         if field.default_factory is MISSING
     }
     stats = EngineStats(**numbers)  # type: ignore[arg-type]
-    exported = {metric.read(stats) for metric in (*ENGINE_METRICS, *OPTIMUM_METRICS)}
+    exported = {metric.read(stats) for metric in (*ENGINE_METRICS, *TIMES_METRICS, *OPTIMUM_METRICS)}
     assert [name for name, value in numbers.items() if value not in exported] == []
 
 
@@ -53,6 +54,7 @@ def collected(stats: EngineStats, recent: LossWaterfall | None = None) -> dict[s
 
 def test_losses_plans_and_the_percent_of_the_optimum_are_exported() -> None:
     stats = EngineStats(
+        num_timed_steps=8,
         num_steps_by_plan={"sequential": 3, "split-2": 5},
         hidden_network_seconds=1.5,
         accounted_seconds=10.0,
@@ -72,6 +74,15 @@ def test_an_unknown_optimum_is_missing_and_not_zero() -> None:
     found = collected(EngineStats(num_steps=5))
     assert not {"percent_of_optimal", "optimal_tokens_per_second", "ideal_seconds_total"} & found.keys()
     assert "loss_seconds_total" not in found and found["engine_steps_total"] == {"": 5}
+
+
+def test_times_that_no_step_measured_are_missing_and_not_zero() -> None:
+    names = {metric.name for metric in TIMES_METRICS}
+    assert "overlap_saved_seconds_total" in names
+    assert not names & collected(EngineStats(num_steps=5, device_seconds=2.0)).keys()
+    found = collected(EngineStats(num_steps=5, num_timed_steps=5, gemm_seconds=1.5))
+    assert names <= found.keys()
+    assert (found["engine_gemm_seconds_total"], found["engine_network_seconds_total"]) == ({"": 1.5}, {"": 0})
 
 
 def test_a_scrape_over_http_reads_the_engine_as_it_is() -> None:

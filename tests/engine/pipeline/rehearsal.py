@@ -1,23 +1,31 @@
-"""`Rehearsal`: a selection in which nothing is run, measured or searched; imported by tests."""
+"""`Rehearsal`: a selection in which nothing is run, measured or searched; imported by tests and by ranks they start."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.model_config import Architecture, DType
 from engine.models import build_model
 from engine.operation import TokenKind
+from engine.pipeline import selection
+from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan import Candidate, Plan, StopReason
+from engine.pipeline.plan_set import PlanSet
+from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import NodeProfile, Profile, Sample
-from engine.pipeline.profiler import ProfileGrid
+from engine.pipeline.profiler import QUICK, Profiler
 from engine.pipeline.schedule import Lane, Schedule
+from engine.pipeline.selection import Effort, Selector
 from engine.pipeline.trial import Contestant, Timing
 from engine.random_checkpoint import sized_config
 from engine.tensor_parallel import TensorParallel
@@ -35,6 +43,7 @@ CONFIG = EngineConfig(
 )
 FINGERPRINT = {"device": "a test"}
 TRIAL_SECONDS = 10.0
+EFFORT = Effort(grid=QUICK, seconds_per_bucket=1.0, total_seconds=1000.0)
 
 
 def pipeline_of(size: int) -> Pipeline:
@@ -46,11 +55,11 @@ def pipeline_of(size: int) -> Pipeline:
 PIPELINE = pipeline_of(2)
 
 
-def halves(shape: BatchShape, *, is_late: bool = False) -> Schedule:
+def halves(shape: BatchShape, graph: OperationGraph = PIPELINE.graph, *, is_late: bool = False) -> Schedule:
     """Two nano-batches, of which the first is the larger one, or the second."""
     decodes, prefills = int(shape.num_decodes), int(shape.num_prefills)
     parts = [NanoBatch(decodes - decodes // 3, prefills - prefills // 3), NanoBatch(decodes // 3, prefills // 3)]
-    return sequential(PIPELINE.graph, *(reversed(parts) if is_late else parts))
+    return sequential(graph, *(reversed(parts) if is_late else parts))
 
 
 @dataclass
@@ -61,19 +70,40 @@ class Rehearsal:
     measured: Callable[[BatchShape], float] = lambda shape: 0.5
     network_share: float = 0.3
     now: float = 0.0
-    num_profiles: int = 0
+    num_measured: int = 0
     planned: list[BatchShape] = field(default_factory=list)
     tried: list[BatchShape] = field(default_factory=list)
     lanes: set[Lane] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
 
-    def plan(self, graph: object, costs: object, shape: BatchShape, **settings: Any) -> Plan:
+    def stage(self, patch: pytest.MonkeyPatch) -> None:
+        """Put this in the place of what runs, measures and searches; what reads and writes files stays."""
+        patch.setattr("engine.pipeline.planner.plan", self.plan)
+        patch.setattr(selection, "Trial", lambda *_: self)
+        patch.setattr(selection, "Stopwatch", Clock(self))
+        patch.setattr(selection, "fingerprint_of", lambda *_: FINGERPRINT)
+        patch.setattr(Profiler, "_load", lambda *_: None)
+        patch.setattr(Profiler, "_medians", lambda _, loads, *__, **___: self.medians(len(loads)))
+        patch.setattr(Profiler, "_pair_speeds", lambda *_: (1.0, 1.0))
+
+    @property
+    def num_profiles(self) -> int:
+        """How often the whole layer was measured."""
+        assert self.num_measured % len(PIPELINE.graph.nodes) == 0
+        return self.num_measured // len(PIPELINE.graph.nodes)
+
+    def medians(self, count: int) -> list[float]:
+        """Of one node: every operation takes a millisecond."""
+        self.num_measured += 1
+        return [0.001] * count
+
+    def plan(self, graph: OperationGraph, costs: object, shape: BatchShape, **settings: Any) -> Plan:
         """Two candidates, the second a little slower; a sequential step is predicted to take a second."""
         self.planned.append(shape)
         self.lanes = set(settings["lanes"])
         first = self.predicted(shape)
         candidates = tuple(
-            Candidate(schedule=halves(shape, is_late=is_late), period_seconds=seconds / 2, step_seconds=seconds)
+            Candidate(schedule=halves(shape, graph, is_late=is_late), period_seconds=seconds / 2, step_seconds=seconds)
             for is_late, seconds in ((False, first), (True, first + 0.01))
         )
         whole = Candidate(schedule=PIPELINE.sequential, period_seconds=0.5, step_seconds=1.0)
@@ -109,24 +139,15 @@ class Rehearsal:
             for time in times
         ]
 
-    def profile(self, grid: ProfileGrid) -> Profile:
-        """Every operation takes a millisecond."""
-        self.num_profiles += 1
-        nodes = {
-            node.name: NodeProfile(
-                (
-                    Sample(
-                        BatchShape(
-                            num_decodes=float(node.tokens is TokenKind.DECODE) * 8,
-                            num_prefills=float(node.tokens is not TokenKind.DECODE) * 8,
-                        ),
-                        0.001,
-                    ),
-                )
-            )
-            for node in PIPELINE.graph.nodes
-        }
-        return Profile(fingerprint=FINGERPRINT, source="made up", element_bytes=4, nodes=nodes)
+
+def made_up_profile() -> Profile:
+    """Every operation takes a millisecond."""
+    nodes = {}
+    for node in PIPELINE.graph.nodes:
+        is_decode = node.tokens is TokenKind.DECODE
+        shape = BatchShape(num_decodes=8.0 * is_decode, num_prefills=8.0 * (not is_decode))
+        nodes[node.name] = NodeProfile((Sample(shape, 0.001),))
+    return Profile(fingerprint=FINGERPRINT, source="made up", element_bytes=4, nodes=nodes)
 
 
 class Clock:
@@ -134,3 +155,43 @@ class Clock:
 
     def __init__(self, rehearsal: Rehearsal) -> None:
         self.now = lambda: rehearsal.now
+
+
+class FailingStore(PlanStore):
+    """Fails in a way that nobody foresaw, as a search on rank 0 might."""
+
+    def find(self, fingerprint: object) -> Any:
+        raise AssertionError("a store that is broken")
+
+
+def _no_planner(*_: object, **__: object) -> Plan:
+    raise ImportError("a planner that is not installed")
+
+
+def select_on_rank(rank: int, size: int, folder: Path) -> None:
+    """One rank of a group in which only rank 0 meets a failure; writes what came of each selection to the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=20),  # a rank left waiting fails
+    )
+    tensor_parallel = TensorParallel(rank, size, dist.group.WORLD)
+    writable, unwritable = folder / f"cache-{rank}", folder / ("file" if rank == 0 else "cache-1")
+
+    def select(name: str, store: PlanStore) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            rehearsal = Rehearsal()
+            rehearsal.stage(patch)
+            if name == "no planner" and rank == 0:
+                patch.setattr("engine.pipeline.planner.plan", _no_planner)
+            plans: PlanSet | None = Selector(CONFIG, PIPELINE, tensor_parallel, store).select(EFFORT)
+        (folder / f"{name}-{rank}").write_text(str(plans))
+
+    select("unwritable", PlanStore(unwritable))
+    select("no planner", PlanStore(writable))
+    select("broken store", FailingStore(writable) if rank == 0 else PlanStore(writable))
+    select("healthy", PlanStore(writable))
+    dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The fingerprint tells apart what costs differently, and says how."""
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_every_setting_that_changes_costs_changes_it(engine_config: ConfigMaker)
         engine_config(num_threads=1, dtype=DType.BFLOAT16),
         engine_config(num_threads=1, max_batch_tokens=128),
         engine_config(num_threads=1, block_size=8),
+        engine_config(num_threads=1, max_sequences=base.max_sequences - 1),
+        engine_config(num_threads=1, max_model_len=base.max_model_len // 2),
         engine_config(num_threads=1, tensor_parallel=2),
         engine_config(num_threads=1, model=replace(base.model, num_kv_heads=1)),
         engine_config(num_threads=1, model=replace(base.model, sliding_windows=(64, 64))),
@@ -75,6 +78,21 @@ def test_the_network_names_its_interface(engine_config: ConfigMaker, monkeypatch
     assert pair["network"].startswith("gloo over lo")
     alone = fingerprint_of(engine_config(num_threads=1), "abc", TensorParallel())
     assert alone["network"] == "none"
+
+
+def test_loopback_has_its_real_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("127.0.0.1", "127.0.1.1"):
+        monkeypatch.setattr("socket.gethostbyname", lambda _, found=address: found)
+        assert fingerprint._own_interface() == "lo"
+
+
+def test_the_version_of_the_program_is_part_of_it(engine_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    for version, expected in ((lambda _: "1.2.3", "1.2.3"), (missing, "source")):
+        monkeypatch.setattr("importlib.metadata.version", version)
+        assert fingerprint_of(engine_config(num_threads=1), "abc", TensorParallel())["nanoserve"] == expected
 
 
 def test_a_rate_limit_is_part_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

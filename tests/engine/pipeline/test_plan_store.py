@@ -113,7 +113,7 @@ def test_plans_that_contradict_each_other_are_refused(plans: tuple[SelectedPlan,
 
 
 def test_the_text_form_is_exact() -> None:
-    for plans in (_plans(), _plans(profile=None, plans=())):
+    for plans in (_plans(), _plans(profile=None, plans=()), _plans(is_complete=False)):
         assert PlanSet.parse(str(plans)) == plans
         json.loads(str(plans))
 
@@ -163,6 +163,7 @@ _TEXT = str(_plans())
         (_TEXT.replace('"num_decodes": 64', '"num_decodes": -64'), r"plans\[1\]\.num_decodes must be"),
         (_TEXT.replace('"seconds": 0.30', '"seconds": "0.30'), "JSON"),
         (_TEXT.replace('"element_bytes": 4', '"element_bytes": 0'), r"profile\.element_bytes must be"),
+        (_TEXT.replace('"is_complete": true', '"is_complete": 1'), "is_complete must be true or false"),
         (_TEXT.replace('"torch": "2.13"', '"torch": "2.12"'), "another fingerprint"),
     ],
 )
@@ -181,6 +182,20 @@ def test_a_file_that_cannot_be_used_is_reported_and_moved_aside(
     assert path.with_suffix(".corrupt").read_text() == text and not path.exists()
     store.save(_plans())
     assert store.find(FINGERPRINT).plans == _plans()
+
+
+def test_a_file_that_cannot_be_read_stays_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = PlanStore(tmp_path)
+    path = store.plans_path(FINGERPRINT)
+    path.mkdir(parents=True)
+    assert store.find(FINGERPRINT).plans is None
+    (record,) = caplog.records
+    assert f"{path} cannot be read" in record.getMessage()
+    assert path.is_dir() and not path.with_suffix(".corrupt").exists()
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe")
+    assert store.find(FINGERPRINT).plans is None
+    assert path.with_suffix(".corrupt").exists()
 
 
 def test_a_shipped_file_that_cannot_be_used_stays_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

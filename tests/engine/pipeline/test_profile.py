@@ -32,7 +32,7 @@ _SAMPLES = st.builds(
     st.floats(0, 1e3),
 )
 _MODES = st.dictionaries(st.integers(1, 10), _SPEEDS).map(
-    lambda speeds: tuple(Mode(share, speeds[share]) for share in sorted(speeds))
+    lambda speeds: tuple(Mode(share, speeds[share]) for share in sorted(speeds)) if 10 in speeds else ()
 )
 _PROFILES = st.builds(
     Profile,
@@ -165,6 +165,7 @@ _FIRST_SAMPLE = ("nodes", "projection", "samples", 0)
         (_set(*_FIRST_SAMPLE, "tokens", value=1), r"samples\[0\] has an unknown key 'tokens'"),
         (_set(*_FIRST_SAMPLE, "num_prefills", value=0), r"samples\[0\] must be a sample of at least some tokens"),
         (_set("nodes", "projection", "modes", 1, "share", value=4), r"modes\[1\]\.share must be above .* 4"),
+        (_set("nodes", "projection", "modes", 2, "share", value=9), "modes must be a list that ends with .* 10"),
         (_set("nodes", "projection", "modes", 2, "share", value=11), r"share must be a whole number from 1 to 10"),
         (_set("nodes", "projection", "modes", 0, "speed", value=0), r"speed must be a number above zero"),
         (_set("interference", 0, "speed", value=0), r"interference\[0\]\.speed must be a number above zero"),

@@ -10,6 +10,7 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from engine.batch_shape import BatchShape
+from engine.errors import ConfigError
 from engine.model_config import Architecture
 from engine.operation import Resource
 from engine.pipeline import profiler
@@ -94,6 +95,26 @@ def test_a_partial_profile_is_continued_and_another_one_is_not(
         assert Profile.read(path) == anew
 
 
+def test_a_file_that_must_be_written_is_insisted_on(
+    checkpoint: Callable[[Architecture], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = config_of(checkpoint(Architecture.LLAMA), 1)
+    traced = traced_layer(config, TensorParallel())
+    monkeypatch.setattr(profiler.Profiler, "_load", lambda *_: None)
+    monkeypatch.setattr(profiler.Profiler, "_medians", lambda _, loads, *__, **___: [0.001] * len(loads))
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "profile.json"
+    with pytest.raises(ConfigError, match=f"{path} cannot be written"):
+        profiler_of(traced, config, TensorParallel()).profile(path)
+    profile = profiler_of(traced, config, TensorParallel()).profile(path, must_write=False)
+    assert len(profile.nodes) == len(traced.graph.nodes)
+    (record,) = caplog.records
+    assert str(path) in record.getMessage()
+
+
 def test_two_ranks_measure_pairs_and_end_with_the_same_profile(
     checkpoint: Callable[[Architecture], Path], tmp_path: Path
 ) -> None:
@@ -118,6 +139,8 @@ def test_two_ranks_measure_pairs_and_end_with_the_same_profile(
     assert set(second.nodes) == graph_nodes
     assert {(pair.node, pair.beside) for pair in second.interference} == pairs
     assert second == Profile.read(tmp_path / "profile.json")
+    for rank in range(2):  # only the first one's folder cannot be written
+        assert "cannot be written" in (tmp_path / f"refused-{rank}").read_text()
 
 
 @pytest.mark.parametrize(

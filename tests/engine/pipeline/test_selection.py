@@ -11,50 +11,48 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.local_group import LocalGroup
 from engine.model_config import Architecture, DType, ModelConfig
+from engine.pipeline import pipeline as pipeline_module
 from engine.pipeline import selection
 from engine.pipeline.nano_batch import NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import MeasuredCosts, Profile
-from engine.pipeline.profiler import QUICK
-from engine.pipeline.schedule import Lane, Schedule
+from engine.pipeline.profiler import THOROUGH
+from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 from engine.pipeline.selection import Effort, Selector, effort_at_start
 from engine.pipeline.trial import Contestant, Timing
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.tensor_parallel import TensorParallel
 from tests.engine.pipeline.rehearsal import (
     CONFIG,
+    EFFORT,
     FINGERPRINT,
     PIPELINE,
     TRIAL_SECONDS,
-    Clock,
     Rehearsal,
     halves,
+    made_up_profile,
     pipeline_of,
+    select_on_rank,
 )
 from tests.engine.pipeline.schedule_strategies import sequential
 
 if TYPE_CHECKING:
     from engine.worker import Worker
 
-EFFORT = Effort(grid=QUICK, seconds_per_bucket=1.0, total_seconds=1000.0)
-
 
 @pytest.fixture
 def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
     """Nothing is run, measured or searched."""
     found = Rehearsal()
-    monkeypatch.setattr("engine.pipeline.planner.plan", found.plan)
-    monkeypatch.setattr(selection, "Trial", lambda *_: found)
-    monkeypatch.setattr(selection, "Stopwatch", Clock(found))
-    monkeypatch.setattr(selection, "fingerprint_of", lambda *_: FINGERPRINT)
-    monkeypatch.setattr(Selector, "profile", lambda _, grid: found.profile(grid))
+    found.stage(monkeypatch)
     return found
 
 
@@ -141,11 +139,10 @@ def test_where_nothing_is_predicted_to_gain_nothing_is_tried(store: PlanStore, r
 
 def test_where_the_network_takes_little_nothing_is_even_profiled(store: PlanStore, rehearsal: Rehearsal) -> None:
     rehearsal.network_share = 0.03
-    plans = _select(store, rehearsal)
-    assert plans is not None and not plans.plans
+    assert _select(store, rehearsal) is None
     assert rehearsal.num_profiles == 0 and not rehearsal.planned
     rehearsal.network_share = 0.5
-    assert _select(store, rehearsal) == plans, "that nothing can be gained is stored too"
+    assert _select(store, rehearsal) is not None, "a verdict from one batch is not for ever"
 
 
 def test_smaller_batches_are_left_alone_once_a_size_gained_nothing(store: PlanStore, rehearsal: Rehearsal) -> None:
@@ -170,12 +167,30 @@ def test_one_kind_of_batch_that_gains_is_enough_to_go_on(store: PlanStore, rehea
 
 
 def test_no_bucket_is_begun_after_the_time_is_up(store: PlanStore, rehearsal: Rehearsal) -> None:
-    plans = _select(store, rehearsal, effort=replace(EFFORT, total_seconds=2.5 * TRIAL_SECONDS))
+    # The first trial finds out what the network takes.
+    plans = _select(store, rehearsal, effort=replace(EFFORT, total_seconds=3.5 * TRIAL_SECONDS))
     assert plans is not None
     # What a loaded engine runs most comes first; what was found in time is kept.
     assert [(plan.num_decodes, plan.num_prefills) for plan in plans.plans] == [(128, 128), (224, 32), (256, 0)]
     assert len(plans.schedules) == 3
+    assert not plans.is_complete
     assert store.find(FINGERPRINT).plans == plans
+    assert _select(store, rehearsal, effort=None) == plans, "without time what is there is used"
+
+
+def test_the_next_start_goes_on_where_time_was_up(store: PlanStore, rehearsal: Rehearsal) -> None:
+    first = _select(store, rehearsal, effort=replace(EFFORT, total_seconds=3.5 * TRIAL_SECONDS))
+    rehearsal.planned.clear()
+    second = _select(store, rehearsal, effort=replace(EFFORT, total_seconds=2.5 * TRIAL_SECONDS))
+    assert first is not None and second is not None
+    assert second.plans[:3] == first.plans and len(second.plans) == 6
+    assert len(rehearsal.planned) == 3 and rehearsal.num_profiles == 1
+    last = _select(store, rehearsal)
+    assert last is not None
+    assert last.is_complete and last.plans[:6] == second.plans and len(last.plans) == 15
+    assert len(rehearsal.planned) == 12 and rehearsal.num_profiles == 1
+    assert any("gone on with" in text for text in rehearsal.told)
+    assert _select(store, rehearsal) == last and len(rehearsal.planned) == 12
 
 
 def test_stored_plans_are_used_and_nothing_is_planned(store: PlanStore, rehearsal: Rehearsal) -> None:
@@ -238,8 +253,82 @@ def test_plans_that_cannot_be_stored_are_used_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("")
     plans = _select(PlanStore(tmp_path / "file"), rehearsal)
+    assert plans is not None and plans.schedules and rehearsal.num_profiles == 1
+    of_profile, of_plans = (record.getMessage() for record in caplog.records)
+    assert "cannot be written" in of_profile and "measured again" in of_profile
+    assert "could not be stored" in of_plans
+
+
+def test_a_cache_that_cannot_be_read_is_done_without(
+    tmp_path: Path, rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PlanStore(tmp_path)
+    path = store.save(_stored(None))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "stat"):
+            patch.setattr(Path, name, refuse)
+        plans = _select(store, rehearsal)
     assert plans is not None and plans.schedules
-    assert "could not be stored" in caplog.text
+    assert f"{path} cannot be read" in caplog.text
+    assert path.exists() and not path.with_suffix(".corrupt").exists()
+
+
+def test_what_cannot_be_planned_runs_sequentially_and_is_tried_again(
+    store: PlanStore, rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails_for_decodes(shape: BatchShape) -> float:
+        if not shape.num_prefills:
+            raise ScheduleError("not today")
+        return 0.5
+
+    rehearsal.predicted = fails_for_decodes
+    plans = _select(store, rehearsal)
+    assert plans is not None and not plans.is_complete
+    assert len(plans.plans) == 12 and plans.lookup(256, 0) is None
+    assert "256 tokens, all decode" in caplog.text and "not today" in caplog.text
+    rehearsal.predicted = lambda shape: 0.5
+    again = _select(store, rehearsal)
+    assert again is not None and again.is_complete and again.lookup(256, 0) is not None
+
+
+def test_no_rank_waits_for_a_first_one_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    spawn(select_on_rank, args=(2, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    texts: dict[str, str] = {}
+    for name in ("unwritable", "no planner", "broken store", "healthy"):
+        texts[name], of_other = ((tmp_path / f"{name}-{rank}").read_text() for rank in range(2))
+        assert texts[name] == of_other
+    assert len(PlanSet.parse(texts["unwritable"]).schedules) == 15
+    assert PlanSet.parse(texts["no planner"]).plans == ()
+    assert not PlanSet.parse(texts["no planner"]).is_complete
+    assert texts["broken store"] == "None"
+    assert PlanSet.parse(texts["healthy"]).plans == PlanSet.parse(texts["unwritable"]).plans
+
+
+def test_a_profile_made_on_purpose_is_used_and_not_replaced(store: PlanStore, rehearsal: Rehearsal) -> None:
+    path = store.profile_path(FINGERPRINT)
+    selector = Selector(CONFIG, PIPELINE, TensorParallel(), store)
+    selector.profile(THOROUGH)
+    thorough = Profile.read(store.profile_path(FINGERPRINT, "thorough"))
+    replace(thorough, nodes=dict(list(thorough.nodes.items())[:-1])).write(path)  # it was interrupted
+    begun = path.read_text()
+    plans = _select(store, rehearsal)
+    assert plans is not None and plans.profile is not None and "quick" in plans.profile.source
+    assert rehearsal.num_profiles == 2 and path.read_text() == begun
+    thorough.write(path)
+    assert selector.profile(EFFORT.grid) == thorough
+    assert rehearsal.num_profiles == 2
+
+
+def test_a_schedule_whose_values_find_no_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    PIPELINE.check(halves(MIXED))
+    monkeypatch.setattr(pipeline_module, "shared_places", lambda _: ({"down_proj": "add"}, {}))
+    with pytest.raises(ScheduleError, match="would write over add while that may be needed"):
+        PIPELINE.check(halves(MIXED))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +354,7 @@ def test_a_gpu_has_a_lane_for_memory_and_uses_stored_plans_only(
     shipped = _stored(sequential(pipeline.graph, NanoBatch(64, 64), NanoBatch(64, 64)))
     store.save(shipped)
     assert selector.select(EFFORT) == shipped
-    selector.contest(MIXED, MeasuredCosts(rehearsal.profile(QUICK), pipeline.graph), rehearsal, 1.0)  # type: ignore[arg-type]
+    selector.contest(MIXED, MeasuredCosts(made_up_profile(), pipeline.graph), rehearsal, 1.0)  # type: ignore[arg-type]
     assert Lane.MEMORY in rehearsal.lanes
 
 
@@ -346,7 +435,7 @@ def test_a_first_start_plans_and_a_second_uses_it(group_config: EngineConfig, ca
         plan_seconds=1.0,
         predicted_seconds=1.0,
     )
-    PlanStore(cache).save(replace(plans, plans=(won,)))
+    PlanStore(cache).save(replace(plans, plans=(won,), is_complete=True))
     written = file.stat().st_mtime_ns, profile_file.stat().st_mtime_ns
     ((choices, arena_bytes), (of_other, _)), told, second_seconds = _started(group_config, tmp_path / "second")
     assert f"plans of {file}" in told and "measuring" not in told
