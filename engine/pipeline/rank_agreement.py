@@ -42,15 +42,15 @@ class RankAgreement:
 
     def done_by_first(self, work: Callable[[], str]) -> str:
         """What `work` returns on rank 0, which alone does it; raises `FirstRankError` everywhere if it fails there."""
-        outcome, cause = (True, ""), None
+        outcome = True, ""
         if self.is_first:
             try:
                 outcome = True, work()
             except Exception as error:  # whatever it is, the other ranks wait
-                outcome, cause = (False, _described(error)), error
+                outcome = False, _described(error)
         succeeded, text = self._of_first(outcome)
         if not succeeded:
-            raise FirstRankError(text) from cause
+            raise FirstRankError(text)
         return text
 
     def meet(self) -> None:

@@ -179,7 +179,8 @@ class Selector:
                 selected = None if begun is None else begun.lookup(*batch)
                 if selected is None:
                     if self._ranks.largest([Stopwatch.now() - started])[0] > effort.total_seconds:
-                        return self._saved(profile, kept, is_complete=False)
+                        is_complete = False
+                        continue  # there may be smaller ones that were begun with
                     try:
                         selected = self._select(bucket, batch, costs, trial, effort.seconds_per_bucket)
                     except FirstRankError as error:

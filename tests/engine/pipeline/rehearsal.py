@@ -194,4 +194,5 @@ def select_on_rank(rank: int, size: int, folder: Path) -> None:
     select("no planner", PlanStore(writable))
     select("broken store", FailingStore(writable) if rank == 0 else PlanStore(writable))
     select("healthy", PlanStore(writable))
+    dist.barrier()
     dist.destroy_process_group()
