@@ -39,6 +39,9 @@ LEAST_PREDICTED_GAIN = 0.02
 # Where computation waits for the network less than this, overlap is not worth measuring anything for.
 LEAST_NETWORK_SHARE = 0.04
 _NETWORK_SHARE_SECONDS = 1.0
+# What is measured to gain this much is believed at once.
+SURE_GAIN = 0.15
+_CONFIRMING_ROUNDS = 8
 _NUM_CANDIDATES = 3
 _PLANNING_SHARE = 0.4
 Progress = Callable[[str], None]
@@ -232,7 +235,14 @@ class Selector:
             seconds * (1 - _PLANNING_SHARE) if planned else 0.0,
         )
         tried = (Tried(*plan, timing) for plan, timing in zip(planned, timings, strict=True))
-        return Contest(predicted, sequential, tuple(tried))
+        contest = Contest(predicted, sequential, tuple(tried))
+        winner = contest.winner
+        if winner is None or winner.timing.seconds <= (1 - SURE_GAIN) * sequential.seconds:
+            return contest
+        # The best of several by a little may owe it to luck: it must win once more, alone and in more rounds.
+        contestants = [Contestant(self._pipeline.sequential, False), Contestant(winner.schedule, True)]
+        sequential, timing = trial.run(contestants, shape, seconds / 2, min_rounds=_CONFIRMING_ROUNDS)
+        return Contest(predicted, sequential, (Tried(winner.schedule, winner.predicted_seconds, timing),))
 
     def _candidates(
         self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float

@@ -68,8 +68,10 @@ class Trial:
         self._captures = Captures(self._device) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
-    def run(self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float) -> list[Timing]:
-        """Time every contestant on a batch of `shape`, for about so many seconds in all."""
+    def run(
+        self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float, min_rounds: int = MIN_ROUNDS
+    ) -> list[Timing]:
+        """Time every contestant on a batch of `shape`, for about so many seconds in all, or the least rounds."""
         contexts = shape.num_decodes * shape.decode_context + shape.num_prefills + shape.prefill_context
         cache = synthetic_cache(self._config, int(contexts) + self._config.max_model_len, self._device)
         step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
@@ -78,7 +80,7 @@ class Trial:
         rounds: list[list[_Sample]] = [[] for _ in contestants]
         started = Stopwatch.now()
         num_rounds = -1  # the first round warms up
-        while num_rounds < MIN_ROUNDS or (
+        while num_rounds < min_rounds or (
             num_rounds < MAX_ROUNDS and self._slowest(Stopwatch.now() - started) < seconds
         ):
             for samples, run in zip(rounds, runs, strict=True):

@@ -120,7 +120,9 @@ class Rehearsal:
             stop_reason=StopReason.OPTIMAL,
         )
 
-    def run(self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float) -> list[Timing]:
+    def run(
+        self, contestants: Sequence[Contestant], shape: BatchShape, seconds: float, min_rounds: int = 3
+    ) -> list[Timing]:
         """Sequential takes a second, the first candidate what the test says, the others more."""
         assert not contestants[0].overlaps and all(contestant.overlaps for contestant in contestants[1:])
         if len(contestants) > 1:

@@ -116,7 +116,9 @@ def test_a_winner_needs_the_margin(store: PlanStore, rehearsal: Rehearsal, secon
 def test_the_fastest_as_measured_wins_and_not_the_one_predicted(
     store: PlanStore, rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def second_is_faster(contestants: Sequence[Contestant], shape: BatchShape, seconds: float) -> list[Timing]:
+    def second_is_faster(
+        contestants: Sequence[Contestant], shape: BatchShape, seconds: float, min_rounds: int = 3
+    ) -> list[Timing]:
         timings = rehearsal.run(contestants, shape, seconds)
         return [timings[0], *reversed(timings[1:])]
 
@@ -126,6 +128,24 @@ def test_the_fastest_as_measured_wins_and_not_the_one_predicted(
     plan = plans.lookup(128, 128)
     assert plan is not None and plan.schedule == halves(MIXED, is_late=True)
     assert (plan.plan_seconds, plan.predicted_seconds) == (0.5, 0.51)
+
+
+@pytest.mark.parametrize(("again", "is_kept"), [(0.95, True), (1.0, False)])
+def test_a_small_gain_must_be_repeated(
+    store: PlanStore, rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, again: float, is_kept: bool
+) -> None:
+    confirmed = []
+
+    def run(contestants: Sequence[Contestant], shape: BatchShape, seconds: float, min_rounds: int = 3) -> list[Timing]:
+        confirmed.append(min_rounds > 3)
+        rehearsal.measured = lambda _: again if confirmed[-1] else 0.95
+        return rehearsal.run(contestants, shape, seconds)
+
+    monkeypatch.setattr(selection, "Trial", lambda *_: SimpleNamespace(run=run))
+    plans = _select(store, rehearsal)
+    assert plans is not None and any(confirmed)
+    plan = plans.lookup(128, 128)
+    assert plan is not None and (plan.schedule is not None) is is_kept
 
 
 def test_where_nothing_is_predicted_to_gain_nothing_is_tried(store: PlanStore, rehearsal: Rehearsal) -> None:
