@@ -58,7 +58,7 @@ def plan(
     network: Annotated[
         float | None, typer.Option(min=0.001, help="Gigabytes per second that a device sends (default: what is known).")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to search, at most.")] = 22.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to search, at most.")] = 25.0,
     threads: Annotated[int | None, typer.Option(min=1, help=f"CPU threads of a device, for {CPU}.")] = None,
     png: PictureFile = None,
     json_file: JsonFile = None,
