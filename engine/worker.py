@@ -50,7 +50,7 @@ class Worker:
             raise ConfigError(f"rank must be 0..{config.tensor_parallel - 1}, but is {rank}.")
         if rendezvous is None and config.tensor_parallel > 1:
             raise ConfigError(f"tensor_parallel {config.tensor_parallel} needs a rendezvous, such as tcp://host:port.")
-        self.config = self._config = config
+        self.config = config
         self._rank = rank
         self._rendezvous = rendezvous
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -63,7 +63,7 @@ class Worker:
 
         Raises `ConfigError` and its kinds for what can never start here, `EngineDeadError` when the group fails.
         """
-        config = self._config
+        config = self.config
         device = self._select_device()
         self.tensor_parallel = tensor_parallel = self._join_group()
         dtype: torch.dtype = getattr(torch, config.dtype.value)
@@ -113,15 +113,15 @@ class Worker:
 
     def _select_device(self) -> torch.device:
         """Make this rank's device the current one and set the number of CPU threads of this process."""
-        torch.set_num_threads(self._config.threads_per_rank)
-        if self._config.device is DeviceKind.CPU:
+        torch.set_num_threads(self.config.threads_per_rank)
+        if self.config.device is DeviceKind.CPU:
             keep_freed_memory()
             return torch.device("cpu")
         num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         # A host that gives each rank a GPU of its own shows one device; else all ranks see all.
-        if num_devices != 1 and num_devices < self._config.tensor_parallel:
+        if num_devices != 1 and num_devices < self.config.tensor_parallel:
             raise ConfigError(
-                f"device cuda with tensor_parallel {self._config.tensor_parallel} needs a GPU per rank, but this "
+                f"device cuda with tensor_parallel {self.config.tensor_parallel} needs a GPU per rank, but this "
                 f"process sees {num_devices}: use device cpu, a smaller tensor_parallel, or a machine with GPUs."
             )
         device = torch.device("cuda", self._rank if num_devices > 1 else 0)
@@ -129,12 +129,12 @@ class Worker:
         return device
 
     def _join_group(self) -> TensorParallel:
-        size = self._config.tensor_parallel
+        size = self.config.tensor_parallel
         if size == 1:
             return TensorParallel()
         if dist.is_initialized():
             raise ConfigError("This process already is a rank of a torch.distributed group: give each rank its own.")
-        backend = "nccl" if self._config.device is DeviceKind.CUDA else "gloo"
+        backend = "nccl" if self.config.device is DeviceKind.CUDA else "gloo"
         try:
             dist.init_process_group(
                 backend, init_method=self._rendezvous, rank=self._rank, world_size=size, timeout=self._timeout
@@ -149,12 +149,12 @@ class Worker:
 
     def _check_weights_fit(self, device: torch.device) -> None:
         """Refuse before reading anything what cannot be held."""
-        num_bytes = rank_weight_bytes(self._config.model, self._config.dtype, self._config.tensor_parallel)
+        num_bytes = rank_weight_bytes(self.config.model, self.config.dtype, self.config.tensor_parallel)
         # Ranks on a CPU share its memory; each counts only its own part, as the others may have taken theirs.
         free = available_bytes(device)
         if num_bytes > free:
             raise CapacityError(
-                f"The weights of rank {self._rank} take {num_bytes / 2**30:.2f} GiB in {self._config.dtype.value}, but "
+                f"The weights of rank {self._rank} take {num_bytes / 2**30:.2f} GiB in {self.config.dtype.value}, but "
                 f"only {free / 2**30:.2f} GiB are free on {device}: use a smaller dtype or model, or a larger "
                 "tensor_parallel."
             )
@@ -165,7 +165,7 @@ class Worker:
         failure: CapacityError | None = None
         num_blocks = 0
         try:
-            num_blocks = num_affordable_blocks(self._config, available_bytes(device))
+            num_blocks = num_affordable_blocks(self.config, available_bytes(device))
         except CapacityError as error:
             failure = error
         agreed = self._minimum(num_blocks, device)

@@ -12,6 +12,7 @@ from engine.pipeline.graph import LAYER_INPUT
 from engine.pipeline.layer_program import shared_places
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.tracer import TracedLayer
+from engine.pipeline.verify_buffers import verify_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,14 @@ class Arena:
         num_tokens: int,
         device: torch.device,
     ) -> BufferPlan:
-        """Have memory for a step of the schedule with so many tokens, and tell what lies where."""
+        """Have memory for a step of the schedule with so many tokens, and tell what lies where.
+
+        Raises `ScheduleError` where values that are live together would share memory.
+        """
         key = (schedule, traced.graph.signature, num_layers)
         if key not in self._plans:
             in_place, joined = shared_places(traced)
-            self._plans[key] = plan_buffers(
+            layout = plan_buffers(
                 schedule,
                 traced.graph,
                 {value: math.prod(rows.shapes[value]) for value in traced.graph.producers},
@@ -80,6 +84,8 @@ class Arena:
                 in_place=in_place,
                 joined=joined,
             )
+            verify_buffers(layout, schedule, traced.graph)
+            self._plans[key] = layout
         plan = self._plans[key].scaled(num_tokens)
         if len(self._memory) < plan.num_bytes:
             self._memory = torch.empty(plan.num_bytes, dtype=torch.uint8, device=device)

@@ -21,6 +21,6 @@ class PlanChoice:
     def of(self, num_decodes: int, num_prefills: int) -> tuple[str, Schedule]:
         """Name and schedule for a batch of so many tokens of each kind."""
         plan = None if self._plans is None else self._plans.lookup(num_decodes, num_prefills)
-        if plan is None or plan.schedule is None or not plan.schedule.fits(num_decodes, num_prefills):
+        if plan is None or plan.schedule is None:
             return SEQUENTIAL, self._sequential
         return f"{plan.num_decodes}+{plan.num_prefills}", plan.schedule

@@ -7,12 +7,12 @@ import pytest
 from engine.operation import Resource
 from engine.pipeline.bounds import ConfigurationBounds, simple_bound
 from engine.pipeline.instance import Instance
-from engine.pipeline.interference_free import InterferenceFree
 from engine.pipeline.partition import Partition, partitions
 from engine.pipeline.placement import GPU_LANES
 from engine.pipeline.schedule import Lane, Schedule, Step
 from engine.pipeline.sharing import Sharing
 from engine.pipeline.simulator import Simulator
+from tests.engine.pipeline.interference_free import InterferenceFree
 from tests.engine.pipeline.planned_layer import PAPER_SHAPE, PAPER_SPEEDS, TABLE_2, LineCosts, layer
 
 GRAPH = layer(has_branches=True)

@@ -13,7 +13,6 @@ from engine.pipeline.collective_placement import with_gather_branch
 from engine.pipeline.cost_model import CostModel
 from engine.pipeline.devices import data_sheet
 from engine.pipeline.graph import OperationGraph
-from engine.pipeline.interference_free import InterferenceFree
 from engine.pipeline.placement import CPU_LANES, GPU_LANES
 from engine.pipeline.plan import Plan, SearchState, StopReason
 from engine.pipeline.planned_model import trace_planned_layer
@@ -21,6 +20,7 @@ from engine.pipeline.planner import plan
 from engine.pipeline.roofline import RooflineCosts
 from engine.pipeline.schedule import Lane
 from engine.pipeline.verify import verify
+from tests.engine.pipeline.interference_free import InterferenceFree
 from tests.engine.pipeline.planned_layer import PAPER_SHAPE, PAPER_SPEEDS, LineCosts, layer
 
 CPU_LINES = {
