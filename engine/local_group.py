@@ -6,6 +6,7 @@ the others, whatever function it is sent. Serving uses `cluster.WorkerGroup` ins
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -136,6 +137,11 @@ def _serve(
             function, args, kwargs = request
             connection.send((True, function(worker, *args, **kwargs)))
         worker.close()
+        # No finalization of the interpreter: a thread of gloo that is only now letting go of the tensors of the last
+        # collective would ask a dead interpreter for its lock, which aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     except EOFError:
         return  # whoever started this is gone
     except NanoserveError as error:

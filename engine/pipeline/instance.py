@@ -81,6 +81,17 @@ class Instance:
             found.setdefault(operation.lane, []).append(index)
         return found
 
+    def places_in(self, mirrored: "Instance") -> list[int]:
+        """For every nano-operation of `mirrored`, which has the nano-batches in reverse order, the same one here."""
+        place_of = {self._name(index): index for index in range(len(self.operations))}
+        last = len(self.cut.nano_batches) - 1
+        names = [mirrored._name(index) for index in range(len(mirrored.operations))]
+        return [place_of[node, last - nano_batch, offset] for node, nano_batch, offset in names]
+
+    def _name(self, index: int) -> tuple[str, int, int]:
+        operation = self.operations[index]
+        return operation.node.name, operation.nano_batch, operation.start - self.cut.borders[operation.nano_batch]
+
     @cached_property
     def chain_edges(self) -> tuple[tuple[int, int, int], ...]:
         """The edges inside a nano-batch. Those between two (KV writes) only fix how far one runs ahead of the other."""

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from engine.layers.collective import CollectiveOperation
 from engine.pipeline.dispatch import Dispatch
+from engine.pipeline.flight import Flight
 from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.stopwatch import Stopwatch
@@ -15,6 +18,15 @@ from engine.pipeline.values import Values
 
 class Lanes(Protocol):
     """Runs the layers of one rank; a step is begun after the one before was begun, from the same thread."""
+
+    def begin(
+        self, collective: CollectiveOperation, values_TE: Tensor, borders: Sequence[int], stopwatch: Stopwatch
+    ) -> Flight | None:
+        """Compute a collective, in place, on what the layers will read; `borders` are those of the nano-batches.
+
+        The flight returned, if any, is still to be landed.
+        """
+        ...
 
     def run(
         self,

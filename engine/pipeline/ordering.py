@@ -37,6 +37,10 @@ class PeriodicOrder:
     starts: tuple[int, ...]
     modes: tuple[TimedMode, ...]
 
+    def permuted(self, sources: Sequence[int]) -> "PeriodicOrder":
+        """The order of an instance whose nano-operation i is `sources[i]` here."""
+        return PeriodicOrder(self.period, tuple(self.starts[i] for i in sources), tuple(self.modes[i] for i in sources))
+
 
 @dataclass(frozen=True, slots=True)
 class OrderingResult:

@@ -6,7 +6,7 @@ cache, and the readers of it that run on another lane (the paper cuts the projec
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from engine.operation import TokenKind
@@ -35,6 +35,11 @@ class Partition:
     num_write_pieces: int = 1
     num_read_pieces: int = 1
     multiple: int = 1
+
+    @property
+    def mirrored(self) -> "Partition":
+        """The same nano-batches in reverse order."""
+        return replace(self, cut=Cut(self.cut.nano_batches[::-1]), branches=self.branches[::-1])
 
     def ranges(self, graph: OperationGraph, lanes: Collection[Lane]) -> Iterator[NodeRange]:
         """The nano-operations, nano-batch after nano-batch; of each node only where it has tokens."""

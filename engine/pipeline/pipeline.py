@@ -15,6 +15,7 @@ from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.buffers import plan_buffers
 from engine.pipeline.dispatch import Dispatch, dispatch_order
+from engine.pipeline.flight import Flight
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.layer_program import LayerProgram, shared_places
@@ -74,18 +75,22 @@ class Pipeline:
         parts = StepParts(step, cut)
         started = stopwatch.now()
         hidden_TE: Tensor = self._embedding.shard(parts.whole)
-        looked_up = stopwatch.spent(Cost.OTHER, started)
-        hidden_TE = self._embedding.all_reduce(hidden_TE)
-        stopwatch.gathered(looked_up, self._embedding.all_reduce)
+        stopwatch.spent(Cost.OTHER, started)
+        arriving = lanes.begin(self._embedding.all_reduce, hidden_TE, cut.borders, stopwatch)
         for run in self._runs:
             if run is not self._runs[0]:
-                hidden_TE = hidden_TE.clone()  # it lies where these layers may write
+                hidden_TE, arriving = hidden_TE.clone(), None  # it lies where these layers may write
             if run.traced.graph.signature == self.graph.signature:
                 plan, ranges = schedule, _ranges(schedule, cut)
             else:
                 plan = self._sequential[run.traced.graph.signature]
                 ranges = [(0, cut.num_tokens) for _ in plan.steps]
-            values = self._values(run, plan, parts, hidden_TE)
+            if run.traced.graph.signature not in self._rows:
+                if arriving is not None:
+                    arriving.land(stopwatch)
+                    arriving = None
+                self._rows[run.traced.graph.signature] = _learned(run, parts, hidden_TE)
+            values = self._values(run, plan, parts, hidden_TE, arriving)
             lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
             hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
         return hidden_TE
@@ -128,15 +133,20 @@ class Pipeline:
             self._orders[key] = dispatch_order(schedule, run.traced.graph, len(run.programs))
         return self._orders[key]
 
-    def _values(self, run: _Run, schedule: Schedule, parts: StepParts, initial: Tensor) -> Values:
-        """The places of a run's values; their shapes are learned from running the first layer once, plainly."""
+    def _values(
+        self, run: _Run, schedule: Schedule, parts: StepParts, initial: Tensor, arriving: Flight | None
+    ) -> Values:
+        """The places of a run's values."""
         graph = run.traced.graph
-        if graph.signature not in self._rows:
-            values = probe(tuple(run.programs[0].nodes.values()), parts, initial)
-            self._rows[graph.signature] = RowShapes.of({value: values[value] for value in graph.producers})
         rows = self._rows[graph.signature]
         places = self._arena.places(schedule, run.traced, len(run.programs), rows, len(initial), initial.device)
-        return Values(places, graph, parts, initial)
+        return Values(places, graph, parts, initial, arriving)
+
+
+def _learned(run: _Run, parts: StepParts, initial: Tensor) -> RowShapes:
+    """The shapes of a run's values, from running its first layer once, plainly."""
+    values = probe(tuple(run.programs[0].nodes.values()), parts, initial)
+    return RowShapes.of({value: values[value] for value in run.traced.graph.producers})
 
 
 def _ranges(schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:

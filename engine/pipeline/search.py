@@ -36,6 +36,10 @@ class Problem:
     num_layers: int
     lanes: tuple[Lane, ...]
 
+    def instance(self, partition: Partition) -> Instance:
+        """The scheduling problem of a partition."""
+        return Instance.of(partition, self.graph, self.costs, self.shape, self.lanes)
+
     def candidate(self, schedule: Schedule) -> Candidate:
         """A schedule with what the simulator says of it."""
         simulator = Simulator(schedule, self.graph, self.costs, self.shape)
@@ -54,6 +58,7 @@ class _Entry:
     `level`: with few shares to choose from it is many times faster, and loses little.
     """
 
+    partition: Partition
     instance: Instance
     bound: float
     modes: list[list[TimedMode]] = field(default_factory=list)
@@ -100,9 +105,9 @@ class Search:
         self._bounds = ConfigurationBounds(self._sharing)
         self._seconds, self._workers, self._tolerance = seconds, workers, tolerance
         self._entries = [
-            _Entry(instance, simple_bound(instance, self._sharing))
+            _Entry(partition, instance, simple_bound(instance, self._sharing))
             for partition in family
-            for instance in [Instance.of(partition, problem.graph, problem.costs, problem.shape, problem.lanes)]
+            for instance in [problem.instance(partition)]
         ]
         # By bound: (bound, tie, entry). Entries without `modes` have the simple bound only.
         self._heap = [(entry.bound, number, entry) for number, entry in enumerate(self._entries)]
@@ -228,11 +233,21 @@ class Search:
         self._raise_bound(entry, result, upper)
 
     def _keep(self, entry: _Entry, order: PeriodicOrder) -> None:
-        schedule = schedule_of(entry.instance, order, divides_units=self._problem.costs.shares_units)
-        candidate = self._problem.candidate(schedule)
-        self._candidates[schedule] = candidate
-        if candidate.period_seconds < self._period:
-            self._period, self._favourite = candidate.period_seconds, entry
+        """Keep an order, with either nano-batch in the lead: the period is the same, the first and last layers differ.
+
+        Tokens of the one that follows may read keys and values of the other, so it must stay behind by up to a layer;
+        in most orders it is one of the two only that has to wait for so long.
+        """
+        found = [(entry.instance, order)]
+        if len(entry.partition.cut.nano_batches) > 1:
+            mirrored = self._problem.instance(entry.partition.mirrored)
+            found.append((mirrored, order.permuted(entry.instance.places_in(mirrored))))
+        for instance, its_order in found:
+            schedule = schedule_of(instance, its_order, divides_units=self._problem.costs.shares_units)
+            candidate = self._problem.candidate(schedule)
+            self._candidates[schedule] = candidate
+            if candidate.period_seconds < self._period:
+                self._period, self._favourite = candidate.period_seconds, entry
 
     def _raise_bound(self, entry: _Entry, result: OrderingResult, upper: int) -> None:
         """What the solver proved, less what rounding the durations up may have added."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.operation import TokenKind
+from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.layer_program import BoundCall, BoundNode
 from engine.pipeline.step_parts import StepParts
@@ -21,16 +22,23 @@ from engine.pipeline.tracer import STEP_INPUTS
 class Values:
     """The values of one step. `places`: for every value its rows [T, ...], in copies that layers take in turn.
 
-    `initial` [T, E] is what the first layer reads, wherever it lies.
+    `initial` [T, E] is what the first layer reads, wherever it lies; the tokens of it that are
+    `arriving` are waited for before a step of that layer reads them.
     """
 
     def __init__(
-        self, places: Mapping[str, Sequence[Tensor]], graph: OperationGraph, parts: StepParts, initial: Tensor
+        self,
+        places: Mapping[str, Sequence[Tensor]],
+        graph: OperationGraph,
+        parts: StepParts,
+        initial: Tensor,
+        arriving: Flight | None = None,
     ) -> None:
         self._places = places
         self._output = graph.output
         self._parts = parts
         self._initial = initial
+        self._arriving = arriving
 
     def of_layer(self, value: str, layer: int) -> Tensor:
         """The rows [T, ...] of a value of this layer; the input of a layer is the output of the one before."""
@@ -47,6 +55,9 @@ class Values:
         rows = self._parts.rows(start, stop, kind)
         if rows[0][0] == rows[0][1]:
             return
+        if self._arriving is not None and self._arriving.tokens[0] < stop:
+            self._arriving.land(stopwatch)
+            self._arriving = None
         local: dict[str, Tensor] = {}
         now = time.perf_counter()
         for call in bound.calls:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.rope_config import RopeConfig
 from engine.tensor_parallel import TensorParallel
 from tests.engine.models.paged_run import Case, load, paged_logits, run_rank
+from tests.engine.rank_processes import run_ranks
 
 LLAMA3 = RopeConfig(
     kind="llama3", theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
@@ -86,7 +86,7 @@ def two_ranks(
     cases = [Case(name=name, path=checkpoint(name)) for name in MODELS]
     cases += [Case(name=f"{name}-bfloat16", path=checkpoint(name), dtype=DType.BFLOAT16) for name in BFLOAT16]
     rendezvous = f"file://{output / 'rendezvous'}"
-    spawn(run_rank, args=(2, rendezvous, cases, output), nprocs=2)  # type: ignore[no-untyped-call]
+    run_ranks(run_rank, 2, rendezvous, cases, output)
     return lambda name, rank: torch.load(output / f"{name}-{rank}.pt")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
@@ -21,6 +20,7 @@ from engine.pipeline.timer import HostTimer, Load
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.tensor_parallel import Collective, TensorParallel
 from tests.engine.pipeline.profile_run import config_of, profile_rank, profiler_of, traced_layer
+from tests.engine.rank_processes import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_two_ranks_measure_pairs_and_end_with_the_same_profile(
     checkpoint: Callable[[Architecture], Path], tmp_path: Path
 ) -> None:
     folder = checkpoint(Architecture.LLAMA)
-    spawn(profile_rank, args=(2, folder, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    run_ranks(profile_rank, 2, folder, tmp_path)
     full, again = ((tmp_path / f"{name}-0.json").read_text() for name in ("full", "again"))
     assert full == (tmp_path / "full-1.json").read_text()
     assert again == (tmp_path / "again-1.json").read_text()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
@@ -43,6 +42,7 @@ from tests.engine.pipeline.rehearsal import (
     select_on_rank,
 )
 from tests.engine.pipeline.schedule_strategies import sequential
+from tests.engine.rank_processes import run_ranks
 
 if TYPE_CHECKING:
     from engine.worker import Worker
@@ -317,7 +317,7 @@ def test_what_cannot_be_planned_runs_sequentially_and_is_tried_again(
 
 def test_no_rank_waits_for_a_first_one_that_failed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    spawn(select_on_rank, args=(2, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    run_ranks(select_on_rank, 2, tmp_path)
     texts: dict[str, str] = {}
     for name in ("unwritable", "no planner", "broken store", "healthy"):
         texts[name], of_other = ((tmp_path / f"{name}-{rank}").read_text() for rank in range(2))

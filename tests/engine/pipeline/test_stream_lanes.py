@@ -22,6 +22,7 @@ from engine.operation import Resource
 from engine.pipeline.capture import Captures
 from engine.pipeline.dependencies import Dependencies
 from engine.pipeline.dispatch import Dispatch, dispatch_order
+from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.lanes import Lanes, lanes_for
@@ -244,6 +245,9 @@ class _SettledLanes:
         self._cuda = cuda
         self._random = random.Random(seed)
         self._lanes = StreamLanes(DEVICE, overlaps=True)
+
+    def begin(self, *arguments: Any) -> Flight | None:
+        return self._lanes.begin(*arguments)
 
     def run(self, *arguments: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
