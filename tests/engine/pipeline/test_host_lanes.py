@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import Tensor
 
 from engine.batch import StepTimes
@@ -64,6 +65,7 @@ class Reduce(CollectiveOperation):
     """Takes `LAUNCH` to launch."""
 
     is_in_place = True
+    is_identity = False
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         super().__init__(TensorParallel(), 1)
@@ -126,3 +128,31 @@ def test_a_collective_is_begun_while_another_flies(monkeypatch: pytest.MonkeyPat
     times = run(monkeypatch, clock, script, overlaps=True)
     assert times.exposed_network_seconds == pytest.approx(50.0 - 10.0 - LAUNCH - 10.0 + Flying.WAKE_UP)
     assert clock.seconds == 100.0 + LAUNCH + 50.0 + Flying.WAKE_UP
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "borders", "left", "seconds"),
+    [
+        (True, (0, 4, 10), (4, 10), 50.0 + Flying.WAKE_UP + LAUNCH),  # the first was waited for, the second flies
+        (True, (0, 0, 10), (0, 10), 0.0),
+        (True, (0, 10), (0, 10), 0.0),
+        (False, (0, 4, 10), None, 50.0 + Flying.WAKE_UP),  # all at once, and waited for
+    ],
+)
+def test_what_the_layers_read_first_arrives_one_nano_batch_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+    overlaps: bool,
+    borders: tuple[int, ...],
+    left: tuple[int, int] | None,
+    seconds: float,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("engine.pipeline.stopwatch.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    stopwatch = Stopwatch()
+    flight = HostLanes(overlaps=overlaps).begin(Reduce(clock, 50.0), torch.zeros(10, 2), borders, stopwatch)
+    assert (None if flight is None else flight.tokens) == left
+    assert clock.seconds == 100.0 + LAUNCH + seconds
+    if flight is not None:
+        clock.take(20.0)
+        flight.land(stopwatch)
+        assert clock.seconds == pytest.approx(100.0 + LAUNCH + seconds + 50.0 + Flying.WAKE_UP)

@@ -95,3 +95,21 @@ def test_time_units_are_round_and_fine_enough() -> None:
     assert time_unit(operations, 2000) == pytest.approx(1e-6)
     assert time_unit(operations, 10_000) == pytest.approx(2e-7)
     assert time_unit(operations, 1000) == pytest.approx(2e-6)
+
+
+def test_the_mirrored_partition_has_the_same_nano_operations_in_the_other_order() -> None:
+    graph = layer(has_branches=True)
+    costs = LineCosts()
+    for partition in partitions(graph, GPU_LANES, 384, 640, 128):
+        here, there = (
+            Instance.of(each, graph, costs, PAPER_SHAPE, GPU_LANES) for each in (partition, partition.mirrored)
+        )
+        places = here.places_in(there)
+        assert sorted(places) == list(range(len(here.operations)))
+        for place, mirrored in zip(places, there.operations, strict=True):
+            operation = here.operations[place]
+            assert (operation.node, operation.lane) == (mirrored.node, mirrored.lane)
+            assert operation.stop - operation.start == mirrored.stop - mirrored.start
+            assert operation.nano_batch == len(partition.cut.nano_batches) - 1 - mirrored.nano_batch
+            assert operation.seconds == pytest.approx(mirrored.seconds)
+        assert partition.mirrored.mirrored == partition
