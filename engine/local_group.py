@@ -137,15 +137,22 @@ def _serve(
             function, args, kwargs = request
             connection.send((True, function(worker, *args, **kwargs)))
         worker.close()
-        # No finalization of the interpreter: a thread of gloo that is only now letting go of the tensors of the last
-        # collective would ask a dead interpreter for its lock, which aborts the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
     except EOFError:
-        return  # whoever started this is gone
+        pass  # whoever started this is gone
     except NanoserveError as error:
         connection.send((False, error))
     except Exception as error:
         message = f"Rank {rank} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}"
         connection.send((False, EngineDeadError(message)))
+    leave_process()
+
+
+def leave_process() -> None:
+    """End this rank's process without finalizing the interpreter.
+
+    A thread of gloo that is only then letting go of the tensors of its last collective would ask a dead interpreter for
+    its lock, which aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

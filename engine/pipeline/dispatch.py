@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from engine.pipeline.dependencies import Dependencies, PlacedStep
 from engine.pipeline.graph import OperationGraph
+from engine.pipeline.nano_batch import Cut
 from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 
 # A network step costs the issuing thread least and takes longest to come back; on a GPU a memory-bound one is next.
@@ -51,6 +52,17 @@ def dispatch_order(schedule: Schedule, graph: OperationGraph, num_layers: int) -
         names = " and ".join(f"{placed.step} of layer {layer} on lane {placed.lane}" for _, placed, layer in stuck)
         raise ScheduleError(f"the lanes wait for each other at {names}: put producers before their consumers.")
     return order
+
+
+def nano_batches_as_begun(order: Sequence[Dispatch], cut: Cut) -> list[int]:
+    """The nano-batches of `cut`, by number, in the order in which steps of the first layer first need them."""
+    steps = [placed.step for placed, layer, _ in order if layer == 0]
+
+    def begun(index: int) -> int:
+        start, stop = cut.borders[index : index + 2]
+        return next((place for place, step in enumerate(steps) if step.start < stop and start < step.stop), len(steps))
+
+    return sorted(range(len(cut.nano_batches)), key=begun)
 
 
 _Rank = tuple[int, int]

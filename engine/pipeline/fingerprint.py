@@ -27,13 +27,15 @@ from engine.tensor_parallel import TensorParallel
 Fingerprint = Mapping[str, str]
 
 _SIOCGIFADDR = 0x8915
+# To be raised whenever costs are measured, or the engine computes, in another way that changes how long things take.
+_MEASURING = 2
 
 
 def fingerprint_of(config: EngineConfig, layer: str, tensor_parallel: TensorParallel) -> Fingerprint:
     """Of the layer with graph signature `layer` in this group; all ranks must call it together and get the same."""
     facts = {
         **_device_facts(config),
-        "nanoserve": _version("nanoserve", "source"),
+        "nanoserve": f"{_version('nanoserve', 'source')}, measuring {_MEASURING}",
         "torch": torch.__version__,
         "dtype": config.dtype.value,
         "model": _model_text(config.model),

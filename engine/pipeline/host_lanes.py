@@ -6,7 +6,6 @@ in the meantime. With `overlaps` False every collective is waited for at once, w
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -26,17 +25,19 @@ class HostLanes:
         self._overlaps = overlaps
 
     def begin(
-        self, collective: CollectiveOperation, values_TE: Tensor, borders: Sequence[int], stopwatch: Stopwatch
+        self,
+        collective: CollectiveOperation,
+        values_TE: Tensor,
+        pieces: Sequence[tuple[int, int]],
+        stopwatch: Stopwatch,
     ) -> Flight | None:
-        """See `Lanes`. Where lanes overlap, nano-batches go one after the other, because two would share the link when
-        the first is waited for; the last is still in flight on return.
+        """See `Lanes`. Where lanes overlap, pieces go one after the other, because two would share the link when the
+        first is waited for; the last is still in flight on return.
         """
         if collective.is_identity:
             return None
         flight: Flight | None = None
-        for tokens in pairwise(borders) if self._overlaps else [(borders[0], borders[-1])]:
-            if tokens[0] == tokens[1]:
-                continue
+        for tokens in pieces if self._overlaps else [(0, len(values_TE))]:
             if flight is not None:
                 flight.land(stopwatch)
             rows_TE = values_TE[slice(*tokens)]
@@ -69,6 +70,7 @@ class HostLanes:
                 if operation is not None and not operation.is_in_place:
                     # Its result may lie where an earlier one reads from, which buffers take to be over by now.
                     _land(flights, place, stopwatch)
+                values.arrive(start, stop, stopwatch)
                 flights.append((place, _flight(bound, layer, (start, stop), values)))
                 if not self._overlaps:
                     _land(flights, place, stopwatch)

@@ -20,11 +20,16 @@ class Lanes(Protocol):
     """Runs the layers of one rank; a step is begun after the one before was begun, from the same thread."""
 
     def begin(
-        self, collective: CollectiveOperation, values_TE: Tensor, borders: Sequence[int], stopwatch: Stopwatch
+        self,
+        collective: CollectiveOperation,
+        values_TE: Tensor,
+        pieces: Sequence[tuple[int, int]],
+        stopwatch: Stopwatch,
     ) -> Flight | None:
-        """Compute a collective, in place, on what the layers will read; `borders` are those of the nano-batches.
+        """Compute a collective, in place, on the hidden states that the layers will read.
 
-        The flight returned, if any, is still to be landed.
+        `pieces` are the nano-batches' tokens, in the order in which they will be needed. The flight returned, if any,
+        is still to be landed.
         """
         ...
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.buffers import plan_buffers
-from engine.pipeline.dispatch import Dispatch, dispatch_order
+from engine.pipeline.dispatch import Dispatch, dispatch_order, nano_batches_as_begun
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.lanes import Lanes
@@ -51,6 +51,7 @@ class Pipeline:
         signatures = [layer.graph.signature for layer in traced]
         self.traced = max(traced, key=lambda layer: signatures.count(layer.graph.signature))
         self._orders: dict[tuple[Schedule, str, int], Sequence[Dispatch]] = {}
+        self._leads: dict[Schedule, Sequence[int]] = {}
         self._arena = Arena()
         self._rows: dict[str, RowShapes] = {}
         self._sequential = {run.traced.graph.signature: sequential_schedule(run.traced.graph) for run in self._runs}
@@ -76,15 +77,12 @@ class Pipeline:
         started = stopwatch.now()
         hidden_TE: Tensor = self._embedding.shard(parts.whole)
         stopwatch.spent(Cost.OTHER, started)
-        arriving = lanes.begin(self._embedding.all_reduce, hidden_TE, cut.borders, stopwatch)
+        arriving = lanes.begin(self._embedding.all_reduce, hidden_TE, self._pieces(schedule, cut), stopwatch)
         for run in self._runs:
             if run is not self._runs[0]:
                 hidden_TE, arriving = hidden_TE.clone(), None  # it lies where these layers may write
-            if run.traced.graph.signature == self.graph.signature:
-                plan, ranges = schedule, _ranges(schedule, cut)
-            else:
-                plan = self._sequential[run.traced.graph.signature]
-                ranges = [(0, cut.num_tokens) for _ in plan.steps]
+            plan = self._plan_of(run, schedule)
+            ranges = _ranges(plan, cut) if plan is schedule else [(0, cut.num_tokens) for _ in plan.steps]
             if run.traced.graph.signature not in self._rows:
                 if arriving is not None:
                     arriving.land(stopwatch)
@@ -132,6 +130,19 @@ class Pipeline:
         if key not in self._orders:
             self._orders[key] = dispatch_order(schedule, run.traced.graph, len(run.programs))
         return self._orders[key]
+
+    def _pieces(self, schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:
+        """The tokens of the nano-batches of `cut`, a scaled copy of the schedule's, in the order they are begun."""
+        if schedule not in self._leads:
+            order = self._order_of(self._runs[0], self._plan_of(self._runs[0], schedule))
+            self._leads[schedule] = nano_batches_as_begun(order, schedule.cut)
+        tokens = ((cut.borders[index], cut.borders[index + 1]) for index in self._leads[schedule])
+        return [(start, stop) for start, stop in tokens if start < stop]
+
+    def _plan_of(self, run: _Run, schedule: Schedule) -> Schedule:
+        """The schedule for the layers that it was made for; others run sequentially."""
+        signature = run.traced.graph.signature
+        return schedule if signature == self.graph.signature else self._sequential[signature]
 
     def _values(
         self, run: _Run, schedule: Schedule, parts: StepParts, initial: Tensor, arriving: Flight | None

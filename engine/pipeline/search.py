@@ -233,21 +233,21 @@ class Search:
         self._raise_bound(entry, result, upper)
 
     def _keep(self, entry: _Entry, order: PeriodicOrder) -> None:
-        """Keep an order, with either nano-batch in the lead: the period is the same, the first and last layers differ.
+        """Keep an order, with that nano-batch in the lead which makes the shorter step.
 
-        Tokens of the one that follows may read keys and values of the other, so it must stay behind by up to a layer;
-        in most orders it is one of the two only that has to wait for so long.
+        The period is the same either way, the first and last layers differ: tokens of the nano-batch that follows may
+        read keys and values of the other, so it must stay behind, in one of the two ways by almost a layer.
         """
         found = [(entry.instance, order)]
         if len(entry.partition.cut.nano_batches) > 1:
             mirrored = self._problem.instance(entry.partition.mirrored)
             found.append((mirrored, order.permuted(entry.instance.places_in(mirrored))))
-        for instance, its_order in found:
-            schedule = schedule_of(instance, its_order, divides_units=self._problem.costs.shares_units)
-            candidate = self._problem.candidate(schedule)
-            self._candidates[schedule] = candidate
-            if candidate.period_seconds < self._period:
-                self._period, self._favourite = candidate.period_seconds, entry
+        divides_units = self._problem.costs.shares_units
+        schedules = [schedule_of(instance, its, divides_units=divides_units) for instance, its in found]
+        candidate = min(map(self._problem.candidate, schedules), key=lambda candidate: candidate.step_seconds)
+        self._candidates[candidate.schedule] = candidate
+        if candidate.period_seconds < self._period:
+            self._period, self._favourite = candidate.period_seconds, entry
 
     def _raise_bound(self, entry: _Entry, result: OrderingResult, upper: int) -> None:
         """What the solver proved, less what rounding the durations up may have added."""

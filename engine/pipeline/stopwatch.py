@@ -6,7 +6,7 @@ from enum import StrEnum
 from engine.batch import StepTimes
 from engine.operation import Operation
 from engine.pipeline.schedule import Lane
-from engine.pipeline.timeline import TimelineEvent
+from engine.pipeline.timeline import TimelineEvent, union_seconds
 
 
 class Cost(StrEnum):
@@ -19,17 +19,16 @@ class Cost(StrEnum):
 
 
 class Stopwatch:
-    """`seconds[cost]` of the compute lane, where NETWORK is time spent waiting for the network; `network_seconds` is
-    time with a collective in flight, waited for or not. Reads the host's clock, so it tells CPU lanes only.
+    """`seconds[cost]` of the compute lane, where NETWORK is time spent waiting for the network;
+    `network_seconds` counts collectives waited for or not. Reads the host's clock, so it tells CPU lanes only.
     """
 
     def __init__(self, *, rank: int = 0, records_events: bool = False) -> None:
         self.seconds = dict.fromkeys(Cost, 0.0)
-        self.network_seconds = 0.0
+        self._flights: list[tuple[float, float]] = []
         self.events: list[TimelineEvent] | None = [] if records_events else None
         self.rank = rank
         self._origin = time.perf_counter()
-        self._network_reached = self._origin
 
     @staticmethod
     def now() -> float:
@@ -43,9 +42,13 @@ class Stopwatch:
         return now
 
     def flown(self, started: float, ended: float) -> None:
-        """A collective was in flight; those in flight together count once. To be called in the order of their ends."""
-        self.network_seconds += max(0.0, ended - max(started, self._network_reached))
-        self._network_reached = max(self._network_reached, ended)
+        """A collective was in flight; those in flight together count once."""
+        self._flights.append((started, ended))
+
+    @property
+    def network_seconds(self) -> float:
+        """Time with a collective in flight."""
+        return union_seconds(self._flights)
 
     def times(self) -> StepTimes:
         """What was counted so far."""

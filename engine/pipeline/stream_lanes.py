@@ -51,7 +51,11 @@ class StreamLanes:
             self._sides[Lane.NETWORK] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(
-        self, collective: CollectiveOperation, values_TE: Tensor, borders: Sequence[int], stopwatch: Stopwatch
+        self,
+        collective: CollectiveOperation,
+        values_TE: Tensor,
+        pieces: Sequence[tuple[int, int]],
+        stopwatch: Stopwatch,
     ) -> Flight | None:
         """Queue it on the current stream, which `run` branches off: one of some hundred is not worth cutting."""
         collective.into(values_TE, values_TE)

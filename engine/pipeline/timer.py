@@ -4,8 +4,9 @@
 records events around captured graphs, so that launching costs nothing; two things run on two streams.
 
 Alone, what computes is timed with cold caches: in a model every layer has weights and a KV cache of its own, which the
-layers before have driven out. A collective's buffers were written just before, so for it nothing is driven out; but on
-a network it follows another one, because links that are limited by token buckets let a first one through in a burst.
+layers before have driven out. A collective's buffers were written just before, so for it nothing is driven out; but
+`HostTimer` times it behind another one, because links that are limited by token buckets let a first one through in a
+burst.
 """
 
 import time

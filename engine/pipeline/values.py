@@ -22,8 +22,7 @@ from engine.pipeline.tracer import STEP_INPUTS
 class Values:
     """The values of one step. `places`: for every value its rows [T, ...], in copies that layers take in turn.
 
-    `initial` [T, E] is what the first layer reads, wherever it lies; the tokens of it that are
-    `arriving` are waited for before a step of that layer reads them.
+    `initial` [T, E] is what the first layer reads, wherever it lies; some of its tokens may be `arriving`.
     """
 
     def __init__(
@@ -49,15 +48,19 @@ class Values:
         copies = self._places[value]
         return copies[layer % len(copies)]
 
+    def arrive(self, start: int, stop: int, stopwatch: Stopwatch) -> None:
+        """Wait for what of these tokens is still arriving; before they are read, by a collective too."""
+        if self._arriving is not None and self._arriving.tokens[0] < stop and start < self._arriving.tokens[1]:
+            self._arriving.land(stopwatch)
+            self._arriving = None
+
     def run(self, bound: BoundNode, layer: int, start: int, stop: int, stopwatch: Stopwatch) -> None:
         """Compute a node for the tokens of a range, which may have none of the node's kind."""
         kind = bound.node.tokens
         rows = self._parts.rows(start, stop, kind)
         if rows[0][0] == rows[0][1]:
             return
-        if self._arriving is not None and self._arriving.tokens[0] < stop:
-            self._arriving.land(stopwatch)
-            self._arriving = None
+        self.arrive(start, stop, stopwatch)
         local: dict[str, Tensor] = {}
         now = time.perf_counter()
         for call in bound.calls:

@@ -94,7 +94,9 @@ def run(
         lane = Lane.NETWORK if operation else Lane.COMPUTE
         placed = SimpleNamespace(index=place, lane=lane, step=SimpleNamespace(node=name))
         order.append(Dispatch(cast(Any, placed), 0, waits))
-    values = SimpleNamespace(network_tensors=lambda *_: (None, None), run=lambda bound, *_: clock.take(bound.seconds))
+    values = SimpleNamespace(
+        network_tensors=lambda *_: (None, None), arrive=lambda *_: None, run=lambda bound, *_: clock.take(bound.seconds)
+    )
     stopwatch = Stopwatch()
     HostLanes(overlaps=overlaps).run(
         order, [(0, 1)] * len(order), cast(Any, [SimpleNamespace(nodes=nodes)]), cast(Any, values), stopwatch
@@ -131,28 +133,43 @@ def test_a_collective_is_begun_while_another_flies(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "borders", "left", "seconds"),
+    ("overlaps", "pieces", "left", "seconds"),
     [
-        (True, (0, 4, 10), (4, 10), 50.0 + Flying.WAKE_UP + LAUNCH),  # the first was waited for, the second flies
-        (True, (0, 0, 10), (0, 10), 0.0),
-        (True, (0, 10), (0, 10), 0.0),
-        (False, (0, 4, 10), None, 50.0 + Flying.WAKE_UP),  # all at once, and waited for
+        (True, [(0, 4), (4, 10)], (4, 10), 50.0 + Flying.WAKE_UP + LAUNCH),  # the first was waited for
+        (True, [(4, 10), (0, 4)], (0, 4), 50.0 + Flying.WAKE_UP + LAUNCH),
+        (True, [(0, 10)], (0, 10), 0.0),
+        (False, [(0, 4), (4, 10)], None, 50.0 + Flying.WAKE_UP),  # all at once, and waited for
     ],
 )
 def test_what_the_layers_read_first_arrives_one_nano_batch_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
     overlaps: bool,
-    borders: tuple[int, ...],
+    pieces: Sequence[tuple[int, int]],
     left: tuple[int, int] | None,
     seconds: float,
 ) -> None:
     clock = Clock()
     monkeypatch.setattr("engine.pipeline.stopwatch.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     stopwatch = Stopwatch()
-    flight = HostLanes(overlaps=overlaps).begin(Reduce(clock, 50.0), torch.zeros(10, 2), borders, stopwatch)
+    flight = HostLanes(overlaps=overlaps).begin(Reduce(clock, 50.0), torch.zeros(10, 2), pieces, stopwatch)
     assert (None if flight is None else flight.tokens) == left
     assert clock.seconds == 100.0 + LAUNCH + seconds
     if flight is not None:
         clock.take(20.0)
         flight.land(stopwatch)
         assert clock.seconds == pytest.approx(100.0 + LAUNCH + seconds + 50.0 + Flying.WAKE_UP)
+
+
+def test_flights_count_whenever_they_are_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("engine.pipeline.stopwatch.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    stopwatch, lanes, values = Stopwatch(), HostLanes(overlaps=True), torch.zeros(10, 2)
+    first = lanes.begin(Reduce(clock, 10.0), values, [(4, 10)], stopwatch)
+    clock.take(20.0)
+    second = lanes.begin(Reduce(clock, 10.0), values, [(0, 4)], stopwatch)
+    assert first is not None and second is not None
+    clock.take(15.0)
+    second.land(stopwatch)
+    first.land(stopwatch)
+    assert stopwatch.times().network_seconds == pytest.approx(20.0)
+    assert stopwatch.times().exposed_network_seconds == 0.0

@@ -145,18 +145,12 @@ def test_models_off_the_shelf_plan(model: str, device: str, num_devices: int, la
     assert set(planned.candidates[0].schedule.lanes) == lanes
 
 
-def test_either_nano_batch_may_lead_and_the_one_that_fills_the_ends_is_best() -> None:
+def test_the_nano_batch_leads_that_makes_the_shorter_step() -> None:
     """Of the two ways round, which have the same period, one leaves lanes idle for longer at the step's ends."""
-    graph, num_layers = layer(), 6
+    graph, num_layers, costs = layer(), 6, LineCosts(CPU_LINES)
     shape = BatchShape(num_decodes=128, num_prefills=384)
-    planned = plan(
-        graph, LineCosts(CPU_LINES), shape, num_layers=num_layers, lanes=CPU_LANES, seconds=10, num_candidates=100
-    )
-    twins = [
-        candidate
-        for candidate in planned.candidates
-        if Counter(candidate.schedule.cut.nano_batches) == Counter(planned.schedule.cut.nano_batches)
-        and candidate.period_seconds == pytest.approx(planned.best.period_seconds)
-    ]
-    assert len(twins) >= 2
-    assert planned.best.step_seconds < 0.97 * max(twin.step_seconds for twin in twins)
+    planned = plan(graph, costs, shape, num_layers=num_layers, lanes=CPU_LANES, seconds=10, num_candidates=100)
+    nano_batches = [Counter(candidate.schedule.cut.nano_batches) for candidate in planned.candidates]
+    assert all(nano_batches.count(mine) == 1 for mine in nano_batches)
+    # A period for every layer, and little for the ends.
+    assert planned.best.step_seconds < (num_layers + 0.4) * planned.best.period_seconds

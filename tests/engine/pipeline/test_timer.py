@@ -1,4 +1,4 @@
-"""`CudaTimer` without a device: what it captures, on which streams it launches, and what it keeps."""
+"""`HostTimer`; `CudaTimer` without a device: what it captures, on which streams it launches, and what it keeps."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine.pipeline.timer import CudaTimer, Load
+from engine.pipeline.timer import CudaTimer, HostTimer, Load
 from tests.engine.pipeline.deferred_cuda import DEVICE, DeferredCuda, DeferredStream, deferred_cuda
 
 
@@ -120,3 +120,18 @@ def test_two_loads_are_launched_on_streams_of_their_own(graphs: Graphs) -> None:
     assert len(works) == 5
     ahead = [sorted(before & set(range(5))) for _, before in works]
     assert ahead == [[], [0], [0, 1], [], [3]], "each stream in its own order, beside the other"
+
+
+def test_on_a_host_a_collective_is_timed_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, runs = [0.0], list[float]()
+    monkeypatch.setattr("engine.pipeline.timer.time.perf_counter", lambda: clock[0])
+
+    def run() -> None:
+        clock[0] += 1.0 if not runs else 3.0  # the first is let through in a burst
+        runs.append(clock[0])
+
+    assert HostTimer().seconds(Load(run, lambda: None)) == 3.0
+    assert len(runs) == 2
+    runs.clear()
+    assert HostTimer().seconds(Load(run)) == 1.0
+    assert len(runs) == 1
