@@ -80,6 +80,9 @@ def serve(
         float | None,
         typer.Option(help="Plan for so long at a start without stored plans (default: 45; 0: use stored plans only)."),
     ] = None,
+    compile: Annotated[
+        str | None, typer.Option(help="Compile kernels for a CPU at the first start: auto (default), always or never.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster to join (default: RAY_ADDRESS, else start one).")
     ] = None,

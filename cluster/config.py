@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from engine import ConfigError, DeviceKind, DType, EngineConfig, ModelConfig, PipelineMode
+from engine import CompileMode, ConfigError, DeviceKind, DType, EngineConfig, ModelConfig, PipelineMode
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -69,6 +69,7 @@ class ServingConfig(BaseModel):
     prefix_caching: bool = True
     pipeline: PipelineMode = PipelineMode.OVERLAP  # how a step runs through the layers; see docs/pipeline.md
     plan_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 45.0  # to plan at the first start; 0: never
+    compile: CompileMode = CompileMode.AUTO  # the kernels of a CPU, at the first start
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -135,6 +136,7 @@ class ServingConfig(BaseModel):
             num_threads=self.threads or num_threads,
             pipeline=self.pipeline,
             plan_seconds=self.plan_seconds,
+            compile=self.compile,
         )
 
 

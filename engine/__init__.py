@@ -8,7 +8,7 @@ This module is the port: everything another package needs. It imports no torch; 
 """
 
 from engine.batch import Admission, Batch, StepOutput, StepTimes
-from engine.config import DeviceKind, EngineConfig, PipelineMode
+from engine.config import CompileMode, DeviceKind, EngineConfig, PipelineMode
 from engine.errors import (
     CapacityError,
     CheckpointError,
@@ -40,6 +40,7 @@ __all__ = [
     "CacheCapacity",
     "CapacityError",
     "CheckpointError",
+    "CompileMode",
     "ConfigError",
     "DType",
     "DeviceKind",

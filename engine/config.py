@@ -32,6 +32,18 @@ class PipelineMode(StrEnum):
     OVERLAP = "overlap"
 
 
+class CompileMode(StrEnum):
+    """Whether the memory-bound kernels of a CPU are compiled at the first start; later starts find them.
+
+    AUTO compiles for models that are large enough to be worth half a minute, and uses what is there for others; NEVER
+    uses none.
+    """
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One engine: a model, its tensor-parallel group and its limits. Construction raises `ConfigError`.
@@ -63,6 +75,7 @@ class EngineConfig:
     num_threads: int | None = None
     pipeline: PipelineMode = PipelineMode.OVERLAP
     plan_seconds: float = 45.0
+    compile: CompileMode = CompileMode.AUTO
 
     def __post_init__(self) -> None:
         positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")

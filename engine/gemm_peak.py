@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.config import DeviceKind, EngineConfig
+from engine.kernels import packed
 
 Shape = tuple[int, int, int]
 
@@ -108,6 +109,8 @@ def linear_flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.devi
     rows, outputs, inputs = shape
     activations = torch.randn(rows, inputs, device=device).to(dtype)
     weights = torch.randn(outputs, inputs, device=device).to(dtype)
+    if packed.can_pack(weights):
+        weights = packed.pack(weights)
     time_once = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     samples = _samples(lambda: time_once(activations, weights), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
     return 2 * rows * outputs * inputs / (min(samples) if quick else statistics.median(samples))
@@ -124,7 +127,10 @@ def _samples(time_once: Callable[[], float], seconds: float) -> list[float]:
 
 def _cpu_seconds(activations: Tensor, weights: Tensor) -> float:
     started = time.perf_counter()
-    functional.linear(activations, weights)
+    if weights.is_mkldnn:
+        packed.linear(activations, weights, None)
+    else:
+        functional.linear(activations, weights)
     return time.perf_counter() - started
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from engine.batch_shape import BatchShape
+from engine.kernels.compiled import CompiledKernel, Kernel
 
 
 class Resource(StrEnum):
@@ -82,6 +83,15 @@ class Operation(nn.Module):
     cache: ClassVar[CacheUse] = CacheUse.NONE
     is_in_place: ClassVar[bool] = False
     is_join: ClassVar[bool] = False
+    # Computes `kernel`, where a rank has compiled it.
+    compiled: CompiledKernel | None = None
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """What `forward` is but for reading its inputs, as a function on tensors, if compiling it for a CPU pays.
+
+        `dtype` is the name of the activations' number format, `block_size` that of the KV cache, in tokens.
+        """
+        return None
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """The work of this rank for the tokens of `shape`, with activations of `element_bytes` an element."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
+from engine.cpu_model import prepare_for_cpu
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.gemm_peak import measure_gemm_peak
@@ -70,6 +71,8 @@ class Worker:
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device)
         load_weights(model, config, tensor_parallel, progress)
+        if device.type == "cpu":
+            prepare_for_cpu(model, config, self._tell)
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
         pipeline = Pipeline(model, config.model.hidden_size)

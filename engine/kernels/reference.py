@@ -22,7 +22,7 @@ _CUDA_GROUP_BYTES = 2**28
 # Queries of a prefill attended at once: later keys than the last of them are not touched.
 _QUERY_TILE = 128
 # Far beyond any activation, and such that no product of two overflows float32.
-_LARGEST_CACHED = 2.0**50
+LARGEST_CACHED = 2.0**50
 
 
 def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -35,7 +35,7 @@ def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, 
     heads_K = torch.arange(num_kv_heads, device=slots_T.device)
     tiles_TK = (slots_T // block_size)[:, None] * num_kv_heads + heads_K
     rows = (tiles_TK * block_size + (slots_T % block_size)[:, None]).flatten()
-    largest = min(_LARGEST_CACHED, torch.finfo(keys.dtype).max)
+    largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
     for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
         finite_TKd = new_TKd.nan_to_num(0.0).clamp_(-largest, largest)
         cache.view(-1, head_dim).index_copy_(0, rows, finite_TKd.view(-1, head_dim))

@@ -1,9 +1,10 @@
 """The gate of a gated feed-forward (SwiGLU, arXiv 2002.05202)."""
 
 from torch import Tensor
-from torch.nn import functional
 
 from engine.batch_shape import BatchShape
+from engine.kernels import fused
+from engine.kernels.compiled import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
 
@@ -19,8 +20,13 @@ class SiluAndMul(Operation):
 
     def forward(self, gate_up_TF: Tensor) -> Tensor:
         """[T, 2 F] -> [T, F]."""
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return functional.silu(gate_TF) * up_TF
+        if self.compiled is not None:
+            return self.compiled(gate_up_TF)
+        return fused.silu_and_mul(gate_up_TF)
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`."""
+        return Kernel("silu_and_mul", (Argument(dtype, ("T", 2 * self.width)),))
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Reads 2 F columns and writes F; exponential, addition, division and two products for each result."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.kernels import reference
+from engine.kernels.compiled import Argument, Kernel
+from engine.kernels.fused import rotate
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import RotaryTable, rotate
+from engine.layers.rotary import RotaryTable
 from engine.model_config import ModelConfig
 from engine.operation import CacheUse, Operation, Resource, TokenKind, Work
 from engine.step_inputs import StepInputs
@@ -38,6 +40,10 @@ class RotaryAndKVWrite(Operation):
 
     def forward(self, qkv_TF: Tensor, step: StepInputs) -> Tensor:
         """[T, F] -> rotated queries [T, H, d]."""
+        if self.compiled is not None:
+            norms = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
+            keys, values = step.kv_cache.layer(self.layer)
+            return self.compiled(qkv_TF, step.positions, step.slots, self.rotary.table_Md, keys, values, *norms)
         heads_TNd = qkv_TF.view(qkv_TF.shape[0], -1, self.head_dim)
         query_THd, key_value_TKd = heads_TNd.tensor_split((self.num_heads,), dim=1)
         key_TKd, value_TKd = key_value_TKd.chunk(2, dim=1)
@@ -47,6 +53,19 @@ class RotaryAndKVWrite(Operation):
         key_TKd = rotate(key_TKd, cos_T1h, sin_T1h)
         reference.write_kv(key_TKd, value_TKd, step.slots, *step.kv_cache.layer(self.layer))
         return rotate(query_THd, cos_T1h, sin_T1h)
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`."""
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        angles = Argument(str(self.rotary.table_Md.dtype).removeprefix("torch."), ("M", self.head_dim))
+        cache = Argument(dtype, ("N", self.num_kv_heads, block_size, self.head_dim))
+        numbers = Argument("int64", ("T",))
+        arguments = (Argument(dtype, ("T", width)), numbers, numbers, angles, cache, cache)
+        if self.q_norm is None:
+            return Kernel("rotate_and_write", arguments)
+        weight = Argument(dtype, (self.head_dim,))
+        constants = (("epsilon", self.q_norm.epsilon),)
+        return Kernel("normalise_rotate_and_write", (*arguments, weight, weight), constants)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Every fused column is read and written once, a token's angles are read once."""
@@ -72,6 +91,7 @@ class DecodeAttention(Operation):
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.layer = layer
+        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window(layer)
         self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
@@ -83,6 +103,8 @@ class DecodeAttention(Operation):
         if step.num_decodes == 0:
             return query_DHd.flatten(1)
         keys, values = step.kv_cache.layer(self.layer)
+        if self.compiled is not None:
+            return self.compiled(query_DHd, keys, values, step.decode_block_tables, step.decode_lengths).flatten(1)
         output_DHd = reference.decode_attention(
             query_DHd,
             keys,
@@ -94,6 +116,16 @@ class DecodeAttention(Operation):
             self.window,
         )
         return output_DHd.flatten(1)
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`. A window would be read to its full context."""
+        if self.window is not None:
+            return None
+        num_heads, num_kv_heads = self.query_width // self.head_dim, self.cached_width // (2 * self.head_dim)
+        cache = Argument(dtype, ("N", num_kv_heads, block_size, self.head_dim))
+        query = Argument(dtype, ("D", num_heads, self.head_dim))
+        arguments = (query, cache, cache, Argument("int64", ("D", "B")), Argument("int64", ("D",)))
+        return Kernel("decode_attention", arguments, (("scale", self.scale),))
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """A decode meets every key and value of its context, which nobody else reads: memory is what it costs."""

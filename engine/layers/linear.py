@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.batch_shape import BatchShape
+from engine.kernels import packed
 from engine.model_config import ModelConfig
 from engine.operation import Operation, Resource, Work
 from engine.tensor_parallel import TensorParallel
@@ -32,13 +33,24 @@ class Linear(Operation):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(num_outputs), requires_grad=False) if bias else None
 
+    def pack(self) -> None:
+        """Lay the weight out for this CPU's matrix products, where there is such a layout; only `forward` and `into`
+        can read it then.
+        """
+        if packed.can_pack(self.weight):
+            self.weight = nn.Parameter(packed.pack(self.weight), requires_grad=False)
+
     def forward(self, input_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
+        if self.weight.is_mkldnn:
+            return packed.linear(input_TI, self.weight, self.bias)
         return functional.linear(input_TI, self.weight, self.bias)
 
     def into(self, output_TO: Tensor, input_TI: Tensor) -> None:  # type: ignore[override]
-        """As `forward`, bit for bit, without a copy."""
-        if self.bias is None:
+        """As `forward`, bit for bit; without a copy, but for packed weights, whose product has no such form."""
+        if self.weight.is_mkldnn:
+            output_TO.copy_(self(input_TI))
+        elif self.bias is None:
             torch.mm(input_TI, self.weight.t(), out=output_TO)
         else:
             torch.addmm(self.bias, input_TI, self.weight.t(), out=output_TO)

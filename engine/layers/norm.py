@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engine.batch_shape import BatchShape
+from engine.kernels import fused
+from engine.kernels.compiled import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
 
@@ -24,11 +25,15 @@ class RMSNorm(Operation):
 
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """[..., E] -> [..., E]."""
-        shape = self.weight.shape
-        if hidden_TE.dtype in (torch.float16, torch.bfloat16):
-            # With the weight inside, the fused kernel would round once where transformers rounds twice.
-            return self.weight * functional.rms_norm(hidden_TE, shape, None, self.epsilon)
-        return functional.rms_norm(hidden_TE, shape, self.weight, self.epsilon)
+        if self.compiled is not None:
+            return self.compiled(hidden_TE, self.weight)
+        return fused.rms_norm(hidden_TE, self.weight, epsilon=self.epsilon)
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`."""
+        size = self.weight.numel()
+        arguments = (Argument(dtype, ("T", size)), Argument(dtype, (size,)))
+        return Kernel("rms_norm", arguments, (("epsilon", self.epsilon),))
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """One vector of E a token, read and written; a square, a sum and two products for each element."""

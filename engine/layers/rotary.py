@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864): the table of cosines and sines, and its application.
+"""Rotary position embedding (arXiv 2104.09864): the table of cosines and sines.
 
 Follows transformers' modeling_rope_utils: linear scaling, llama3's frequency bands and YaRN (arXiv 2309.00071).
 Shapes: M positions, T tokens, H heads, d elements of a head, h = d / 2 frequencies.
@@ -30,15 +30,6 @@ class RotaryTable:
         """Cosines and sines [T, 1, h] of these positions."""
         cos_T1h, sin_T1h = self.table_Md[positions_T].unsqueeze(1).chunk(2, dim=-1)
         return cos_T1h, sin_T1h
-
-
-def rotate(input_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
-    """Rotate element i of a head against element i + h, in the table's precision; keeps the input's dtype."""
-    first_THh, second_THh = input_THd.to(cos_T1h.dtype).chunk(2, dim=-1)
-    turned_THd = torch.cat(
-        (first_THh * cos_T1h - second_THh * sin_T1h, second_THh * cos_T1h + first_THh * sin_T1h), dim=-1
-    )
-    return turned_THd.to(input_THd.dtype)
 
 
 def _frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> Tensor:

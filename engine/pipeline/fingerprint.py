@@ -81,6 +81,7 @@ def _device_facts(config: EngineConfig) -> dict[str, str]:
         "device": f"{_cpu_model(Path('/proc/cpuinfo'))}, {os.cpu_count()} CPUs",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.threads_per_rank),
+        "compile": config.compile.value,
     }
 
 

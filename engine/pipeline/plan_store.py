@@ -6,27 +6,18 @@ replicas may read and write at once: a file is replaced as a whole, and the last
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from platformdirs import user_cache_dir
 
 from engine.errors import ConfigError
 from engine.pipeline.atomic_file import read_file, replace_file
 from engine.pipeline.fingerprint import Fingerprint, differences, fingerprint_hash
 from engine.pipeline.json_value import JsonValue
 from engine.pipeline.plan_set import FORMAT, PlanSet
+from engine.user_cache import cache_directory
 
 _log = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "NANOSERVE_CACHE_DIR"
-
-
-def cache_directory() -> Path:
-    """Where this user's measurements are kept: $NANOSERVE_CACHE_DIR, or what the operating system provides for it."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("nanoserve")).expanduser()
 
 
 def shipped_directory() -> Path | None:

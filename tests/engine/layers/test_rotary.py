@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.layers.rotary import RotaryTable, rotate
+from engine.kernels.fused import rotate
+from engine.layers.rotary import RotaryTable
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config
 from engine.rope_config import RopeConfig

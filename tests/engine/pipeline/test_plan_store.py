@@ -16,9 +16,10 @@ from engine.errors import ConfigError
 from engine.pipeline import plan_store
 from engine.pipeline.bucket import Bucket, DecodeShare, bucket_of, buckets, ladder
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
-from engine.pipeline.plan_store import PlanStore, cache_directory, shipped_directory
+from engine.pipeline.plan_store import PlanStore, shipped_directory
 from engine.pipeline.profile import NodeProfile, Profile, Sample
 from engine.pipeline.schedule import Schedule
+from engine.user_cache import cache_directory
 
 FINGERPRINT = {"device": "a test", "torch": "2.13"}
 SCHEDULE = Schedule.parse("nano-batches: 128+128 128+128\ncompute: o_proj[0:256] o_proj[256:512]@1\n")

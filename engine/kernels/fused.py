@@ -1,0 +1,102 @@
+"""The memory-bound parts of a layer as functions of tensors alone, each of which a compiler makes one or two loops of.
+
+They compute what the operations in `engine.layers` and `reference` compute, without loops over sequences and without
+branches on values, so that `compiled` can export them once for every batch size. Legend: as in `reference`; E hidden,
+F columns, h = d / 2 frequencies, M positions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.kernels.reference import LARGEST_CACHED
+
+
+def rms_norm(hidden_TE: Tensor, weight_E: Tensor, *, epsilon: float) -> Tensor:
+    """Divide the last dimension by its root mean square: [..., E] -> [..., E]; see `engine.layers.norm`."""
+    if hidden_TE.dtype in (torch.float16, torch.bfloat16):
+        # With the weight inside, the fused kernel would round once where transformers rounds twice.
+        return weight_E * functional.rms_norm(hidden_TE, weight_E.shape, None, epsilon)
+    return functional.rms_norm(hidden_TE, weight_E.shape, weight_E, epsilon)
+
+
+def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
+    """silu of the first F columns times the others: [T, 2 F] -> [T, F]."""
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    return functional.silu(gate_TF) * up_TF
+
+
+def rotate_and_write(
+    qkv_TF: Tensor, positions_T: Tensor, slots_T: Tensor, table_Md: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotated queries [T, H, d]; rotated keys and the values go to their slots of the cache, in place."""
+    query_THd, key_TKd, value_TKd = _split(qkv_TF, keys)
+    cos_T1h, sin_T1h = table_Md[positions_T][:, None].chunk(2, dim=-1)
+    _write(rotate(key_TKd, cos_T1h, sin_T1h), value_TKd, slots_T, keys, values)
+    return rotate(query_THd, cos_T1h, sin_T1h)
+
+
+def normalise_rotate_and_write(
+    qkv_TF: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    table_Md: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_weight_d: Tensor,
+    key_weight_d: Tensor,
+    *,
+    epsilon: float,
+) -> Tensor:
+    """As `rotate_and_write`, with the root mean square of each query and key head divided out first."""
+    query_THd, key_TKd, value_TKd = _split(qkv_TF, keys)
+    query_THd = rms_norm(query_THd, query_weight_d, epsilon=epsilon)
+    key_TKd = rms_norm(key_TKd, key_weight_d, epsilon=epsilon)
+    cos_T1h, sin_T1h = table_Md[positions_T][:, None].chunk(2, dim=-1)
+    _write(rotate(key_TKd, cos_T1h, sin_T1h), value_TKd, slots_T, keys, values)
+    return rotate(query_THd, cos_T1h, sin_T1h)
+
+
+def decode_attention(
+    query_DHd: Tensor, keys: Tensor, values: Tensor, block_tables_DB: Tensor, lengths_D: Tensor, *, scale: float
+) -> Tensor:
+    """As `reference.decode_attention` without a window: [D, H, d]. Tiles are read where they lie."""
+    num_kv_heads, block_size, head_dim = keys.shape[1:]
+    num_sequences, num_heads = query_DHd.shape[:2]
+    wide = torch.float64 if keys.dtype is torch.float64 else torch.float32
+    query = query_DHd.view(num_sequences, 1, num_kv_heads, num_heads // num_kv_heads, 1, head_dim).to(wide) * scale
+    scores_DBKGS = (query * keys[block_tables_DB][:, :, :, None].to(wide)).sum(-1)
+    positions_BS = torch.arange(block_tables_DB.shape[1] * block_size, device=keys.device).view(-1, block_size)
+    visible_DBS = positions_BS < lengths_D[:, None, None]
+    scores_DBKGS = scores_DBKGS.where(visible_DBS[:, :, None, None], float("-inf"))
+    weights_DBKGS = (scores_DBKGS - scores_DBKGS.amax((1, 4), keepdim=True)).exp()
+    total_DKG1 = weights_DBKGS.sum((1, 4))[..., None]
+    output_DKGd = (weights_DBKGS[..., None] * values[block_tables_DB][:, :, :, None].to(wide)).sum((1, 4))
+    return (output_DKGd / total_DKG1).view_as(query_DHd).to(query_DHd.dtype)
+
+
+def rotate(input_TNd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
+    """Rotate element i of a head against element i + h, in the table's precision; keeps the input's dtype."""
+    first_TNh, second_TNh = input_TNd.to(cos_T1h.dtype).chunk(2, dim=-1)
+    turned_TNd = torch.cat(
+        (first_TNh * cos_T1h - second_TNh * sin_T1h, second_TNh * cos_T1h + first_TNh * sin_T1h), dim=-1
+    )
+    return turned_TNd.to(input_TNd.dtype)
+
+
+def _split(qkv_TF: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused columns as heads of queries, keys and values: [T, H, d], [T, K, d], [T, K, d]."""
+    num_kv_heads, _, head_dim = keys.shape[1:]
+    heads_TNd = qkv_TF.view(qkv_TF.shape[0], -1, head_dim)
+    num_heads = heads_TNd.shape[1] - 2 * num_kv_heads
+    query_THd, key_TKd, value_TKd = torch.split(heads_TNd, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    return query_THd, key_TKd, value_TKd
+
+
+def _write(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor) -> None:
+    """See `reference.write_kv`."""
+    block_size = keys.shape[2]
+    blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
+    largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
+    for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
+        cache[blocks_T, :, offsets_T] = new_TKd.nan_to_num(0.0).clamp(-largest, largest)
