@@ -77,7 +77,7 @@ class Worker:
         gemm = measure_gemm_peak(config, quick=True)
         pipeline = Pipeline(model, config.model.hidden_size)
         warm_up(config, model, pipeline, device)
-        selector = Selector(config, pipeline, tensor_parallel, progress=self._tell)
+        selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
             pipeline.reserve(plans.schedules, config.max_batch_tokens)
@@ -112,7 +112,7 @@ class Worker:
 
     def _tell(self, text: str) -> None:
         if self._rank == 0:
-            _log.info("pipeline: %s", text)
+            _log.info("%s", text)
 
     def _select_device(self) -> torch.device:
         """Make this rank's device the current one and set the number of CPU threads of this process."""

@@ -58,7 +58,7 @@ class StreamLanes:
         stopwatch: Stopwatch,
     ) -> Flight | None:
         """Queue it on the current stream, which `run` branches off: one of some hundred is not worth cutting."""
-        collective.into(values_TE, values_TE)
+        collective(values_TE)  # in place
         return None
 
     def run(
