@@ -22,12 +22,15 @@ class LengthPredictor:
         self._fade = 1.0 - 1.0 / memory
         self._min_observations = min_observations
         self._num_observations = 0
+        self._longest = 0
         self._moments: tuple[FloatArray, FloatArray] | None = None
 
     def observe(self, length: int) -> None:
         """A request finished by itself or by its limit after `length` generated tokens."""
         self._histogram *= self._fade
-        self._histogram[min(length, len(self._histogram) - 1)] += 1.0
+        length = min(length, len(self._histogram) - 1)
+        self._histogram[length] += 1.0
+        self._longest = max(self._longest, length)
         self._num_observations += 1
         self._moments = None
 
@@ -46,15 +49,16 @@ class LengthPredictor:
         return mean, np.where(known, variance, 0.0)
 
     def _conditional_moments(self) -> tuple[FloatArray, FloatArray]:
-        """E[L | L > g] and Var[L | L > g] for every g, by suffix sums over the histogram."""
-        lengths = np.arange(len(self._histogram), dtype=np.float64)
+        """E[L | L > g] and Var[L | L > g] for every g up to the longest seen, by suffix sums over the histogram."""
+        histogram = self._histogram[: self._longest + 1]
+        lengths = np.arange(len(histogram), dtype=np.float64)
 
         def tail(values: FloatArray) -> FloatArray:
             return np.append(np.cumsum(values[::-1])[::-1][1:], 0.0)
 
-        weight = tail(self._histogram)
+        weight = tail(histogram)
         seen = np.maximum(weight, 1e-12)
-        mean = tail(self._histogram * lengths) / seen
-        square = tail(self._histogram * lengths**2) / seen
+        mean = tail(histogram * lengths) / seen
+        square = tail(histogram * lengths**2) / seen
         unknown = weight < 1e-9
         return np.where(unknown, 0.0, mean), np.where(unknown, 0.0, np.maximum(square - mean**2, 0.0))

@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.batch import Admission, Batch, IntArray
 from engine.block_manager import BlockManager
+from engine.block_updates import BlockUpdates
 from engine.length_predictor import LengthPredictor
 from engine.peak_use import PeakUse
 from engine.request import FinishReason
@@ -27,11 +28,13 @@ logger = logging.getLogger(__name__)
 class ScheduledStep:
     """A batch for the executor, and the sequences whose tokens will come back, in the order of `Batch.sampled`.
 
+    `completing_blocks` are the indices in `sampled` of sequences that have a full block more when their token is known.
     `num_recomputed` of the batch's tokens were computed before and lost by a preemption.
     """
 
     batch: Batch
     sampled: list[Sequence]
+    completing_blocks: list[int]
     num_recomputed: int = 0
 
 
@@ -67,6 +70,7 @@ class Scheduler:
         max_sequences: int,
     ) -> None:
         self._blocks = blocks
+        self._block_size = blocks.block_size
         self._predictor = predictor
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []
@@ -108,19 +112,28 @@ class Scheduler:
         if reason is not FinishReason.ABORT:
             self._predictor.observe(sequence.num_generated)
 
-    def append(self, sequence: Sequence, token_id: int) -> None:
-        """A token of the sequence came back; blocks that it completes become prefixes for others."""
-        sequence.token_ids.append(token_id)
-        # The newest token's key and value are not written before the next step.
-        num_full = (len(sequence.token_ids) - 1) // self._blocks.block_size
-        if num_full > sequence.num_registered_blocks and sequence.status is SequenceStatus.RUNNING:
-            self._register(sequence, num_full)
+    def append(self, step: ScheduledStep, token_ids: list[int]) -> None:
+        """A step's tokens came back; blocks that they complete become prefixes for others.
+
+        Tokens of sequences that have ended meanwhile are dropped.
+        """
+        finished = SequenceStatus.FINISHED  # looking up a member of an enum takes as long as appending
+        for sequence, token_id in zip(step.sampled, token_ids, strict=True):
+            if sequence.status is not finished:
+                sequence.token_ids.append(token_id)
+        for index in step.completing_blocks:
+            sequence = step.sampled[index]
+            if sequence.status is SequenceStatus.RUNNING:
+                # The newest token's key and value are not written before the next step.
+                self._register(sequence, (len(sequence.token_ids) - 1) // self._block_size)
 
     def schedule(self, now: float) -> ScheduledStep | None:
         """Compose the next step; None when no sequence can compute anything."""
-        block_updates: list[tuple[int, int, int]] = []
-        preempted = self._grow_decodes(block_updates)
+        block_updates = BlockUpdates()
         rows = RowTable.rows_of(self._decoding, len(self._decoding))
+        preempted = self._grow_decodes(rows, block_updates)
+        if preempted:
+            rows = RowTable.rows_of(self._decoding, len(self._decoding))
         starts = self._rows.positions[rows]
         decodes = list(self._decoding.values())
         budget = self._max_batch_tokens - len(decodes)
@@ -135,16 +148,26 @@ class Scheduler:
             self._advance_prefill(chunk)
         return self._compose(decodes, rows, starts, chunks, admitted, block_updates)
 
-    def _grow_decodes(self, block_updates: list[tuple[int, int, int]]) -> bool:
+    def _grow_decodes(self, rows: IntArray, block_updates: BlockUpdates) -> bool:
         """Give a block to every decode that starts a new one; True if that took blocks from a younger sequence."""
-        rows = RowTable.rows_of(self._decoding, len(self._decoding))
-        needy = rows[self._rows.positions[rows] % self._blocks.block_size == 0]
+        needy = rows[self._rows.positions[rows] % self._block_size == 0]
+        block_ids = self._blocks.allocate(len(needy))
+        if block_ids is None:
+            return self._grow_oldest_first(needy, block_updates)
+        block_updates.add(needy.tolist(), self._rows.num_blocks[needy].tolist(), block_ids)
+        for row, block_id in zip(needy.tolist(), block_ids, strict=True):
+            self._decoding[row].block_ids.append(block_id)
+        self._rows.num_blocks[needy] += 1
+        return False
+
+    def _grow_oldest_first(self, needy: IntArray, block_updates: BlockUpdates) -> bool:
+        """The same, one after the other, where there are too few free blocks for all."""
         any_preempted = False
         for sequence in sorted(self._decoding[row] for row in needy.tolist()):
             while sequence.row >= 0:
                 block_ids = self._blocks.allocate(1)
                 if block_ids is not None:
-                    block_updates.append((sequence.row, len(sequence.block_ids), block_ids[0]))
+                    block_updates.add([sequence.row], [len(sequence.block_ids)], block_ids)
                     sequence.block_ids += block_ids
                     self._rows.num_blocks[sequence.row] += 1
                     break
@@ -162,7 +185,7 @@ class Scheduler:
             budget -= count
         return chunks
 
-    def _admit(self, budget: int, now: float, block_updates: list[tuple[int, int, int]]) -> list[_Chunk]:
+    def _admit(self, budget: int, now: float, block_updates: BlockUpdates) -> list[_Chunk]:
         """Admit waiting sequences, best first, while tokens, rows and predicted blocks last."""
         chunks: list[_Chunk] = []
         peak: PeakUse | None = None
@@ -177,12 +200,14 @@ class Scheduler:
             num_taken = num_new_blocks + self._blocks.num_cached_among(prefix)
             if num_taken > self._blocks.num_free_blocks:
                 break
-            peak = self._with_candidate(peak or self._peak_use(), sequence, num_taken)
-            if self._rows.sequences and peak.num_blocks > self._blocks.num_blocks:
+            peak = peak or self._peak_use()
+            self._add_candidate(peak, sequence, num_taken)
+            if self._rows.sequences and not peak.fits(self._blocks.num_blocks):
                 break
             heapq.heappop(self._waiting)
             self._enter_row(sequence, prefix, num_new_blocks, now)
-            block_updates += [(sequence.row, index, block_id) for index, block_id in enumerate(sequence.block_ids)]
+            num_blocks = len(sequence.block_ids)
+            block_updates.add([sequence.row] * num_blocks, range(num_blocks), sequence.block_ids)
             count = min(budget, len(sequence.token_ids) - sequence.num_computed)
             chunks.append(_Chunk(sequence=sequence, start=sequence.num_computed, count=count))
             budget -= count
@@ -194,30 +219,31 @@ class Scheduler:
         remaining, variance = self._predictor.remaining(self._rows.generated(rows), limits)
         held = self._rows.num_blocks[rows]
         return PeakUse(
-            block_size=self._blocks.block_size,
+            block_size=self._block_size,
             held=held,
             remaining=remaining,
             variance=variance,
             num_shared=int(held.sum()) - self._blocks.num_used_blocks,
         )
 
-    def _with_candidate(self, peak: PeakUse, sequence: Sequence, num_blocks: int) -> PeakUse:
+    def _add_candidate(self, peak: PeakUse, sequence: Sequence, num_blocks: int) -> None:
         generated = np.asarray([sequence.num_generated], np.int32)
         limits = np.asarray([sequence.request.sampling.max_tokens], np.int32)
-        return peak.with_sequence(num_blocks, *self._predictor.remaining(generated, limits))
+        remaining, variance = self._predictor.remaining(generated, limits)
+        peak.add(num_blocks, float(remaining[0]), float(variance[0]))
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         if not self._blocks.prefix_caching:
             return []
         # At least one token is computed, since its logits are what the sequence came for.
-        num_usable = (len(sequence.token_ids) - 1) // self._blocks.block_size
-        return self._blocks.match(sequence.hash_blocks(self._blocks.block_size)[:num_usable])
+        num_usable = (len(sequence.token_ids) - 1) // self._block_size
+        return self._blocks.match(sequence.hash_blocks(self._block_size)[:num_usable])
 
     def _enter_row(self, sequence: Sequence, prefix: list[int], num_new_blocks: int, now: float) -> None:
         self._blocks.acquire(prefix)
         new_blocks = self._blocks.allocate(num_new_blocks)
         assert new_blocks is not None
-        num_cached = len(prefix) * self._blocks.block_size
+        num_cached = len(prefix) * self._block_size
         if sequence.scheduled_at is None:
             sequence.scheduled_at = now
             sequence.num_cached_tokens = num_cached
@@ -239,7 +265,7 @@ class Scheduler:
         sequence = chunk.sequence
         sequence.num_computed += chunk.count
         self._rows.positions[sequence.row] = sequence.num_computed
-        self._register(sequence, sequence.num_computed // self._blocks.block_size)
+        self._register(sequence, sequence.num_computed // self._block_size)
         if chunk.completes:
             self._prefilling.remove(sequence)
             if sequence.num_computed + 1 < sequence.max_length:
@@ -252,7 +278,7 @@ class Scheduler:
         starts: IntArray,
         chunks: list[_Chunk],
         admitted: list[_Chunk],
-        block_updates: list[tuple[int, int, int]],
+        block_updates: BlockUpdates,
     ) -> ScheduledStep:
         num_decodes = len(decodes)
         completing = [index for index, chunk in enumerate(chunks, num_decodes) if chunk.completes]
@@ -261,13 +287,13 @@ class Scheduler:
             admissions=tuple(
                 Admission(
                     row=chunk.sequence.row,
-                    token_ids=np.asarray(chunk.sequence.token_ids, np.int32),
+                    token_ids=np.array(chunk.sequence.token_ids, np.int32),
                     num_prompt_tokens=chunk.sequence.num_prompt_tokens,
                     sampling=chunk.sequence.request.sampling,
                 )
                 for chunk in admitted
             ),
-            block_updates=np.asarray(block_updates, np.int32).reshape(-1, 3),
+            block_updates=block_updates.array(),
             rows=np.concatenate([rows, np.asarray([chunk.sequence.row for chunk in chunks], np.int32)]),
             starts=np.concatenate([starts, np.asarray([chunk.start for chunk in chunks], np.int32)]),
             counts=np.concatenate(
@@ -278,14 +304,20 @@ class Scheduler:
         )
         self._step += 1
         sampled = decodes + [chunks[index - num_decodes].sequence for index in completing]
+        ends = (batch.starts + batch.counts)[batch.sampled]
         num_recomputed = sum(chunk.num_recomputed for chunk in chunks)
         self.num_recomputed_tokens += num_recomputed
-        return ScheduledStep(batch=batch, sampled=sampled, num_recomputed=num_recomputed)
+        return ScheduledStep(
+            batch=batch,
+            sampled=sampled,
+            completing_blocks=np.flatnonzero(ends % self._block_size == 0).tolist(),
+            num_recomputed=num_recomputed,
+        )
 
     def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
         if not self._blocks.prefix_caching:
             return
-        hashes = sequence.hash_blocks(self._blocks.block_size)
+        hashes = sequence.hash_blocks(self._block_size)
         for index in range(sequence.num_registered_blocks, num_full_blocks):
             self._blocks.register(sequence.block_ids[index], hashes[index])
         sequence.num_registered_blocks = max(sequence.num_registered_blocks, num_full_blocks)

@@ -5,9 +5,8 @@ token that a running step is about to draw exists only on the device until the e
 """
 
 import hashlib
+from array import array
 from enum import StrEnum
-
-import numpy as np
 
 from engine.request import FinishReason, Request
 
@@ -23,8 +22,9 @@ class SequenceStatus(StrEnum):
 class Sequence:
     """A request with its tokens, blocks and place in the queue; mutable.
 
-    `order` is the order of arrival. `num_computed` counts the tokens whose keys and values have been computed or are
-    scheduled to be (kept only while the prompt is computed; a decoding sequence's position is the scheduler's).
+    `order` is the order of arrival. `token_ids` are an array, which Python's garbage collector need not look through.
+    `num_computed` counts the tokens whose keys and values have been computed or are scheduled to be (kept only while
+    the prompt is computed; a decoding sequence's position is the scheduler's).
     `num_lost` positions at its front were computed once and given up by a preemption.
     `num_registered_blocks` of `block_ids` are offered to other sequences as prefixes.
     """
@@ -54,7 +54,7 @@ class Sequence:
         self.scheduled_at: float | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.token_ids = array("i", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.row = -1
         self.num_computed = 0
@@ -84,12 +84,17 @@ class Sequence:
 
     def hash_blocks(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of known tokens; each depends on every token before it and on the cache salt."""
+        hashes = self.block_hashes
         num_full = len(self.token_ids) // block_size
-        if num_full > len(self.block_hashes):
-            salt = hashlib.blake2b(self.request.cache_salt.encode(), digest_size=16).digest()
-            parent = self.block_hashes[-1] if self.block_hashes else salt
-            tokens = np.asarray(self.token_ids[len(self.block_hashes) * block_size : num_full * block_size], np.int32)
-            for block in tokens.reshape(-1, block_size):
-                parent = hashlib.blake2b(block.tobytes(), key=parent, digest_size=16).digest()
-                self.block_hashes.append(parent)
-        return self.block_hashes
+        if num_full > len(hashes):
+            parent = hashes[-1] if hashes else _digest(self.request.cache_salt.encode())
+            data = self.token_ids[len(hashes) * block_size : num_full * block_size].tobytes()
+            num_bytes = block_size * self.token_ids.itemsize
+            for start in range(0, len(data), num_bytes):
+                parent = _digest(parent + data[start : start + num_bytes])
+                hashes.append(parent)
+        return hashes
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

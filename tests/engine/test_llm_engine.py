@@ -1,4 +1,5 @@
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -258,3 +259,14 @@ async def test_closing_fails_open_requests(engine_config: MakeConfig, capacity: 
     await engine.close()
     await engine.close()
     assert sink.error is not None
+
+
+async def test_the_collector_forgets_what_was_there_at_the_start_until_the_end(
+    engine_config: MakeConfig, capacity: MakeCapacity
+) -> None:
+    engine = LLMEngine(engine_config(), SimulatedExecutor(capacity(400), vocab_size=1000))
+    await engine.start()
+    assert gc.get_freeze_count() > 1000
+    await engine.close()
+    assert gc.get_freeze_count() == 0
+    await engine.close()

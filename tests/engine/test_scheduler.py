@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_manager import BlockManager
+from engine.block_updates import BlockUpdates
 from engine.length_predictor import LengthPredictor
 from engine.peak_use import PeakUse
 from engine.request import FinishReason, Request, RequestId, SamplingParams
@@ -40,11 +41,9 @@ def make_scheduler(
 
 def deliver(scheduler: Scheduler, step: ScheduledStep) -> None:
     """What the engine does with a step's tokens, for sequences that end by their limit only."""
+    scheduler.append(step, [7] * len(step.sampled))
     for one in step.sampled:
-        if one.status is SequenceStatus.FINISHED:
-            continue
-        scheduler.append(one, 7)
-        if one.num_generated == one.request.sampling.max_tokens:
+        if one.status is not SequenceStatus.FINISHED and one.num_generated == one.request.sampling.max_tokens:
             scheduler.finish(one, FinishReason.LENGTH)
 
 
@@ -224,6 +223,39 @@ def test_any_traffic_ends_with_every_token_and_every_block_back(
     assert blocks.num_used_blocks == 0
 
 
+def test_a_known_token_completes_a_block_one_step_after_it_was_drawn() -> None:
+    scheduler, blocks, _ = make_scheduler(max_batch_tokens=64)
+    one = sequence(6, max_tokens=8)  # blocks of 4: known tokens 6, then 7, ...
+    scheduler.add(one)
+    known = []
+    for _ in range(4):
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        deliver(scheduler, step)
+        known.append(len(blocks.match(one.hash_blocks(4))))
+    assert known == [1, 1, 2, 2], "the eighth token's key is written by the step that draws the ninth"
+
+
+def test_tokens_of_ended_sequences_are_dropped() -> None:
+    scheduler, _, _ = make_scheduler()
+    stays, goes = sequence(3), sequence(3)
+    scheduler.add(stays)
+    scheduler.add(goes)
+    step = scheduler.schedule(0.0)
+    assert step is not None and step.sampled == [stays, goes]
+    scheduler.finish(goes, FinishReason.ABORT)
+    scheduler.append(step, [5, 6])
+    assert (stays.num_generated, goes.num_generated) == (1, 0)
+
+
+def test_block_updates_keep_their_order() -> None:
+    updates = BlockUpdates()
+    assert updates.array().shape == (0, 3)
+    updates.add([4, 4], range(2), [70, 71])
+    updates.add([1], [9], [72])
+    assert updates.array().tolist() == [[4, 0, 70], [4, 1, 71], [1, 9, 72]]
+
+
 def test_predictor_learns_conditional_means_and_forgets() -> None:
     predictor = LengthPredictor(100, min_observations=2, memory=20.0)
     generated, limits = np.asarray([0, 15], np.int32), np.asarray([50, 50], np.int32)
@@ -247,5 +279,30 @@ def test_peak_use_takes_the_largest_moment_not_the_sum_of_final_sizes() -> None:
         num_shared=0,
     )
     # After 5 tokens both hold 15 (+ half a block each); after 100 only one is left, holding 110.5.
-    assert peak.num_blocks == pytest.approx(110.5)
-    assert peak.with_sequence(90, np.asarray([5.0]), np.zeros(1)).num_blocks == pytest.approx(10 + 10 + 90 + 3 * 5.5)
+    assert peak.num_blocks() == pytest.approx(110.5)
+    peak.add(90, 5.0, 0.0)
+    assert peak.num_blocks() == pytest.approx(10 + 10 + 90 + 3 * 5.5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 300), st.floats(0, 1e4)), max_size=12),
+    num_running=st.integers(0, 12),
+    num_blocks=st.integers(0, 1500),
+)
+def test_whether_a_peak_fits_is_the_same_with_and_without_the_bound(
+    sequences: list[tuple[int, int, float]], num_running: int, num_blocks: int
+) -> None:
+    running, added = sequences[:num_running], sequences[num_running:]
+
+    def peak_of(known: list[tuple[int, int, float]]) -> PeakUse:
+        held, remaining, variance = np.array(known, np.float64).reshape(-1, 3).T
+        return PeakUse(block_size=16, held=held.astype(np.int32), remaining=remaining, variance=variance, num_shared=2)
+
+    growing = peak_of(running)
+    for number, newcomer in enumerate(added, start=len(running) + 1):
+        growing.add(*newcomer)
+        exact = peak_of(sequences[:number]).num_blocks()
+        assert growing.num_blocks() == pytest.approx(exact)
+        if abs(exact - num_blocks) > 1e-6:
+            assert growing.fits(num_blocks) == (exact <= num_blocks)
