@@ -116,8 +116,7 @@ class Dispatcher:
         if message.ingresses is not None:
             self._ingresses_of[replica_id] = message.ingresses
         touched: dict[int, OpenCall] = {}
-        for row in message.outputs:
-            output = unpack(row)
+        for output in unpack(message.outputs):
             open_request = self._open.get(output.request_id)
             if open_request is None or open_request.replica_id != replica_id:
                 continue  # aborted here while its tokens were on their way

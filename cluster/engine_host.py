@@ -12,7 +12,16 @@ from typing import Protocol
 
 from cluster.recent_losses import RecentLosses
 from cluster.routing_policy import LoadSnapshot
-from cluster.step_message import Abort, Hello, MetricsTarget, OutputRow, RequestProblem, StepMessage, pack, pack_problem
+from cluster.step_message import (
+    Abort,
+    Hello,
+    MetricsTarget,
+    OutputColumns,
+    RequestProblem,
+    StepMessage,
+    pack,
+    pack_problem,
+)
 from engine import (
     CacheCapacity,
     EngineDeadError,
@@ -160,7 +169,7 @@ class _Stream:
         self.death: EngineDeadError | None = None
         self._is_ended = False
         self._told: tuple[MetricsTarget, ...] = ()
-        self._rows: list[OutputRow] = []
+        self._outputs: list[TokenOutput] = []
         self._wake = asyncio.Event()
 
     @property
@@ -169,8 +178,8 @@ class _Stream:
         return self._is_ended or self.death is not None
 
     def put(self, outputs: list[TokenOutput]) -> None:
+        self._outputs += outputs
         for output in outputs:
-            self._rows.append(pack(output))
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
         self._wake.set()
@@ -200,7 +209,7 @@ class _Stream:
         self._told = ingresses
         return ingresses
 
-    def take(self) -> list[OutputRow]:
+    def take(self) -> OutputColumns:
         self._wake.clear()
-        rows, self._rows = self._rows, []
-        return rows
+        outputs, self._outputs = self._outputs, []
+        return pack(outputs)

@@ -28,6 +28,8 @@ def serving_environment() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Our metrics are our own (`cluster.metrics`); each process gathers Serve's ten times a second by default.
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         # Routing is ours: Serve must not probe replicas for queue lengths when a router was idle.
         "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": str(_NEVER_SECONDS),
         # At every change of ingress processes HAProxy is replaced, and by default the old one cuts all streams that
@@ -45,6 +47,12 @@ def private_environment(
     return serving_environment() | {
         # Despite its name the switch that makes Ray use the loopback interface, on any system.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Nobody reads Ray's own metrics here: the dashboard is left out, and ours are `cluster.metrics`.
+        "RAY_enable_metrics_collection": "0",
+        "RAY_event_stats": "0",
+        # By default 15 for all of Ray's workers: ingress, HAProxy and ranks alike. Where these share cores, who has a
+        # millisecond's work shall not wait for the model's threads (`cluster.rank` lowers those alone).
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy),

@@ -4,8 +4,9 @@ The replica's process holds the control plane; its ranks are actors in its own p
 wires Ray's context to the parts that know no Ray, and nothing else.
 """
 
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,13 +18,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ServingConfig
 from cluster.engine_host import EngineHost
 from cluster.loopback import bind_replica_server_to_node, node_address
+from cluster.memory_metrics import MemoryCollector
 from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
 from cluster.router import TARGET
 from cluster.startup import StartupReport
+from cluster.step_door import Invitation, StepDoor
+from cluster.step_link import StepLink
 from cluster.step_message import PROTOCOL_PICKLE, Abort, Hello, MetricsTarget, RequestProblem, StepMessage
 from cluster.worker_group import WorkerGroup
-from engine import ConfigError, DeviceKind, EngineDeadError, LLMEngine, Request
+from engine import ConfigError, DeviceKind, EngineDeadError, LLMEngine, MemoryMeter, MemoryPart, Request
 
 DEPLOYMENT = "Replica"
 
@@ -37,9 +41,10 @@ class Replica:
         bind_replica_server_to_node()
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
         report = StartupReport(self.replica_id)
+        meter = MemoryMeter()
         try:
             engine_config = config.engine_config(device, placement.threads_per_rank)
-            group = WorkerGroup(engine_config, _rank_options(placement), report.progress)
+            group = WorkerGroup(engine_config, _rank_options(placement), report.progress, report.doing)
             engine = LLMEngine(engine_config, group)
             capacity = await engine.start()
         except (ConfigError, EngineDeadError) as error:
@@ -49,6 +54,7 @@ class Replica:
         self._endpoint = MetricsEndpoint(registry, node_address())
         target = MetricsTarget("replica", self.replica_id, self._endpoint.address)
         self._host = EngineHost(engine, capacity, target, group)
+        self._door = await StepDoor.open(self._host, node_address())
         registry.register(
             EngineCollector(
                 self._host.stats,
@@ -57,28 +63,22 @@ class Replica:
                 recent=self._host.recent_losses,
             )
         )
-        report.ready(time.time())
+        own = meter.use("replica", os.getpid(), {MemoryPart.CONTROL: meter.grown()})
+        memory = (*([own] if own else []), *group.memory)
+        registry.register(MemoryCollector(memory, model=config.names[0], replica=self.replica_id))
+        report.ready(time.time(), memory)
 
-    async def submit(
-        self,
-        ingress_id: str,
-        requests: Sequence[Request],
-        aborted: Iterable[Abort],
-        *,
-        replica_id: str,
-    ) -> list[RequestProblem | None]:
-        """See `EngineHost.submit`."""
-        assert replica_id == self.replica_id, "the router sent a call to the wrong replica"
-        return self._host.submit(ingress_id, requests, aborted)
+    async def outputs(self, ingress_id: str, metrics: MetricsTarget, *, replica_id: str) -> AsyncIterator[Invitation]:
+        """Invite an ingress to the `StepDoor`. The stream says nothing more, and lasts as long as the connection.
 
-    async def outputs(
-        self, ingress_id: str, metrics: MetricsTarget, *, replica_id: str
-    ) -> AsyncIterator[Hello | StepMessage]:
-        """See `EngineHost.outputs`."""
+        So Serve, which ends neither replicas nor ingresses while they call each other, knows that they do. Raises
+        `EngineDeadError` where the engine has died: nobody shall route to it.
+        """
         assert replica_id == self.replica_id, "the router sent a call to the wrong replica"
-        async with aclosing(self._host.outputs(ingress_id, metrics)) as messages:
-            async for message in messages:
-                yield message
+        self._host.check()
+        async with self._door.invited(ingress_id, metrics) as guest:
+            yield guest.invitation
+            await guest.gone.wait()
 
     def check_health(self) -> None:
         """Serve's hook: raises when this replica must be replaced."""
@@ -88,32 +88,37 @@ class Replica:
         """Serve's hook at the end of a replica that was drained."""
         if hasattr(self, "_host"):
             self._endpoint.close()
+            self._door.close()
             await self._host.close()
 
 
 class ServeTransport:
-    """`ReplicaTransport` through a Serve handle whose router honours the replica named in the call."""
+    """`ReplicaTransport` over a `StepLink`; the invitation comes by a call that Serve routes to the replica named."""
 
     def __init__(self, handle: Any, replica_id: str) -> None:
         self._target = {TARGET: replica_id}
-        self._submit = handle.options(method_name="submit", **PROTOCOL_PICKLE)
         self._outputs = handle.options(method_name="outputs", stream=True, **PROTOCOL_PICKLE)
+        self._link: StepLink | None = None
 
     async def outputs(self, ingress_id: str, metrics: MetricsTarget) -> AsyncGenerator[Hello | StepMessage, None]:
         """See `ReplicaTransport`."""
-        messages = self._outputs.remote(ingress_id, metrics, **self._target)
+        invitations = self._outputs.remote(ingress_id, metrics, **self._target)
         try:
-            async for message in messages:
-                yield message
+            async with StepLink.connected(await anext(invitations)) as link, aclosing(link.messages()) as messages:
+                self._link = link
+                async for message in messages:
+                    yield message
         finally:
-            messages.cancel()
+            self._link = None
+            invitations.cancel()
 
     async def submit(
         self, ingress_id: str, requests: list[Request], aborted: list[Abort]
     ) -> list[RequestProblem | None]:
         """See `ReplicaTransport`."""
-        problems: list[RequestProblem | None] = await self._submit.remote(ingress_id, requests, aborted, **self._target)
-        return problems
+        if self._link is None:
+            raise ConnectionResetError("There is no connection to the replica.")
+        return await self._link.submit(requests, aborted)
 
 
 def _rank_options(placement: Placement) -> list[dict[str, Any]]:

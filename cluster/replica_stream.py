@@ -18,7 +18,7 @@ RETRY_SECONDS = 0.5
 
 
 class ReplicaTransport(Protocol):
-    """Calls to one replica; `cluster.replica.ServeTransport` makes them through Ray Serve."""
+    """Calls to one replica; `cluster.replica.ServeTransport` makes them over a connection that Ray Serve arranges."""
 
     def outputs(self, ingress_id: str, metrics: MetricsTarget) -> AsyncGenerator[Hello | StepMessage, None]:
         """The replica's stream; raises whatever went wrong."""

@@ -1,14 +1,17 @@
 """What a replica tells an ingress over their one stream: first a `Hello`, then a `StepMessage` per engine step.
 
-Outputs travel as plain tuples: 256 of them cost the engine's loop 0.09 ms to pickle, 256 `TokenOutput`s 0.4 ms.
+Outputs travel in columns, one per field of `TokenOutput`: 256 cost the engine's loop 0.04 ms to pack and pickle, as
+objects they would cost 0.2 ms.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.routing_policy import LoadSnapshot
-from engine import FinishReason, RequestError, RequestId, TokenLogprob, TokenOutput
+from engine import FinishReason, RequestError, RequestId, TokenOutput
 
-OutputRow = tuple[str, tuple[int, ...], int, str | None, tuple[TokenLogprob, ...] | None, int]
+OutputColumns = tuple[tuple[Any, ...], ...]  # a column per field of `TokenOutput`, in order; none for no outputs
 RequestProblem = tuple[str, str | None, str | None]  # message, parameter, code of a RequestError
 Abort = tuple[RequestId, FinishReason]  # a request to end, and why
 PROTOCOL_PICKLE = {"request_serialization": "pickle", "response_serialization": "pickle"}
@@ -41,36 +44,20 @@ class StepMessage:
     `death` is set on the last message of an engine that died.
     """
 
-    outputs: list[OutputRow]
+    outputs: OutputColumns
     load: LoadSnapshot
     ingresses: tuple[MetricsTarget, ...] | None = None
     death: str | None = None
 
 
-def pack(output: TokenOutput) -> OutputRow:
-    """A `TokenOutput` as a plain tuple."""
-    reason = None if output.finish_reason is None else output.finish_reason.value
-    return (
-        output.request_id,
-        output.token_ids,
-        output.position,
-        reason,
-        output.logprobs,
-        output.num_cached_tokens,
-    )
+def pack(outputs: Sequence[TokenOutput]) -> OutputColumns:
+    """`TokenOutput`s as columns."""
+    return tuple(zip(*outputs, strict=True))
 
 
-def unpack(row: OutputRow) -> TokenOutput:
-    """The `TokenOutput` back."""
-    request_id, token_ids, position, reason, logprobs, num_cached_tokens = row
-    return TokenOutput(
-        request_id=RequestId(request_id),
-        token_ids=token_ids,
-        position=position,
-        finish_reason=None if reason is None else FinishReason(reason),
-        logprobs=logprobs,
-        num_cached_tokens=num_cached_tokens,
-    )
+def unpack(columns: OutputColumns) -> list[TokenOutput]:
+    """The `TokenOutput`s back."""
+    return [TokenOutput(*row) for row in zip(*columns, strict=True)]
 
 
 def pack_problem(error: RequestError) -> RequestProblem:

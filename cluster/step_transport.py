@@ -13,7 +13,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from engine import Batch, CacheCapacity, NanoserveError, StepOutput
+from engine import Batch, CacheCapacity, MemoryUse, NanoserveError, StepOutput
 
 _LENGTH = struct.Struct("<Q")
 _RECEIVE_BYTES = 1 << 18
@@ -36,6 +36,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Doing:
+    """What a rank that is starting will be busy with for a while, for a person to read."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A rank cannot go on: a `ConfigError` of its start, else an `EngineDeadError`."""
 
@@ -47,7 +54,7 @@ class Stop:
     """The engine's last message: release the device and end."""
 
 
-Report = Hello | Progress | CacheCapacity | Failed | StepOutput
+Report = Hello | Progress | Doing | MemoryUse | CacheCapacity | Failed | StepOutput
 Command = Batch | Stop
 
 

@@ -48,6 +48,11 @@ class LoadGenerator:
         self._outcomes: list[RequestOutcome] = []
         self._origin = 0.0
 
+    @property
+    def origin(self) -> float:
+        """What `time.perf_counter` said at the moment from which the outcomes' times count."""
+        return self._origin
+
     async def run(self) -> list[RequestOutcome]:
         """Send everything and wait for every answer; in order of sending. Cancelling it ends what is still open.
 

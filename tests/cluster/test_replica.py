@@ -1,6 +1,7 @@
 """What a replica promises its ingresses, and an ingress's calls: streams, batching, rejections, deaths, drains."""
 
 import asyncio
+import pickle
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -115,21 +116,21 @@ async def test_all_outputs_of_a_step_are_one_message() -> None:
     stream = replica.host.outputs("i1", INGRESS)
     hello = await anext(stream)
     assert isinstance(hello, Hello)
-    assert (hello.replica_id, hello.capacity_tokens) == ("a", 64 * 16)
+    assert (hello.replica_id, hello.capacity_tokens) == ("a", 64 * hello.block_size)
     assert replica.host.submit("i1", [request(str(i)) for i in range(8)]) == [None] * 8
     message = await anext(stream)
     assert isinstance(message, StepMessage)
-    assert len(message.outputs) == 8
+    assert len(unpack(message.outputs)) == 8
     assert message.load.num_running == 8
     assert message.ingresses == (INGRESS,), "told once, and again when they change"
     await asyncio.sleep(0.2)  # a slow ingress gets the remaining steps together
     message = await anext(stream)
     assert isinstance(message, StepMessage)
-    assert len(message.outputs) == 8 * 4
-    assert message.load.num_free_tokens == 64 * 16
+    assert len(unpack(message.outputs)) == 8 * 4
+    assert message.load.num_free_tokens == 64 * hello.block_size
     heartbeat = await anext(stream)
     assert isinstance(heartbeat, StepMessage)
-    assert (heartbeat.outputs, heartbeat.ingresses) == ([], None)
+    assert (heartbeat.outputs, heartbeat.ingresses) == ((), None)
     await stream.aclose()
     await replica.host.close()
 
@@ -273,4 +274,6 @@ def test_outputs_survive_the_wire() -> None:
         logprobs=(TokenLogprob(logprob=-0.5, top=((1, -0.5),)),),
         num_cached_tokens=16,
     )
-    assert unpack(pack(output)) == output
+    other = output._replace(request_id=RequestId("s"), finish_reason=None, logprobs=None)
+    assert unpack(pickle.loads(pickle.dumps(pack([output, other])))) == [output, other]
+    assert unpack(pack([])) == []
