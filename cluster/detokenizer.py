@@ -59,6 +59,8 @@ class ByteDetokenizer:
         if token_id in self._hidden_ids:
             return ""
         if self._leading_space is LeadingSpace.FIRST_TOKEN:
+            if not self._vocabulary.has(token_id):
+                return ""  # the decoder skips what is no token, and the next one begins the text
             piece = self._vocabulary.first_piece(token_id)
             self._leading_space = LeadingSpace.KEPT
         else:

@@ -14,14 +14,14 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.config import ServingConfig
 from cluster.process_tree import ProcessTree
 from cluster.ray_environment import ServePorts, private_environment, serving_environment
-from engine import ConfigError, NanoserveError
+from engine import ConfigError, MemoryUse, NanoserveError
 
 STOP_SECONDS = 20.0
 ANSWER_SECONDS = 60.0
@@ -41,6 +41,10 @@ class Narrator(Protocol):
     def say(self, line: str) -> None: ...
 
     def loading(self, done: int, total: int, num_ready: int, num_replicas: int) -> None: ...
+
+    def doing(self, text: str) -> None: ...
+
+    def memory(self, replicas: Mapping[str, Sequence[MemoryUse]]) -> None: ...
 
 
 def check_port(host: str, port: int) -> None:
@@ -126,6 +130,7 @@ class Server:
         root = str(Path(__file__).resolve().parents[1])
         python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ.update(private_environment(directory, _free_ports(), secrets.token_hex(32), haproxy, python_path))
+        _import_serve_meanwhile()
         self._connect(
             address="local",
             include_dashboard=False,
@@ -138,6 +143,7 @@ class Server:
         os.environ.update(serving_environment())
         # Unset, Ray would turn token authentication on by itself on machines where it was ever used.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        _import_serve_meanwhile()
         self._connect(address=address)
 
     def _connect(self, **options: Any) -> None:
@@ -188,16 +194,20 @@ class Server:
         silent_until = time.monotonic() + SILENCE_SECONDS
         obstacle = ""
         while True:
-            reports = read_reports().values()
+            by_replica = read_reports()
+            reports = by_replica.values()
             for report in reports:
                 if report.error is not None:
                     raise report.error
+                if report.doing and report.ready_at is None:
+                    self._narrator.doing(report.doing)
             num_ready = sum(report.ready_at is not None for report in reports)
             done, total = sum(report.done for report in reports), sum(report.total for report in reports)
             self._narrator.loading(done, total, num_ready, self._config.replicas)
             if num_ready >= self._config.replicas:
                 ready_since = ready_since or time.monotonic()
                 if self._answers():
+                    self._narrator.memory({replica: report.memory for replica, report in by_replica.items()})
                     return
                 if time.monotonic() - ready_since > ANSWER_SECONDS:
                     raise StartError(
@@ -223,17 +233,36 @@ class Server:
             return False
 
     def _stop_serve(self) -> None:
+        """Answer what is running, then leave.
+
+        Only the application is deleted, also on a cluster of our own, whose processes end with it: `serve.shutdown`
+        ends HAProxy at once, and with it every answer on its way, and then complains of its own controller's death.
+        """
         import ray
         from ray import serve
 
         from cluster import app
 
         with contextlib.suppress(Exception), _quiet_serve():
-            if self._address is None:
-                serve.shutdown()  # type: ignore[no-untyped-call]
-            elif self._is_deployed:
-                serve.delete(app.APPLICATION)
+            if self._is_deployed:
+                serve.delete(app.APPLICATION, _blocking=False)  # blocking, it looks once a second
+                while app.APPLICATION in serve.status().applications:
+                    time.sleep(_POLL_SECONDS)
         ray.shutdown()
+
+
+def _import_serve_meanwhile() -> None:
+    """Serve takes a second to import, and Ray's processes some to start: the one while waiting for the others.
+
+    `import ray` first, here: two threads must not begin it at the same time.
+    """
+    import ray  # noqa: F401
+
+    def import_serve() -> None:
+        with contextlib.suppress(Exception):  # `_deploy` meets the same, where it can be told
+            import cluster.app  # noqa: F401
+
+    threading.Thread(target=import_serve, daemon=True, name="import of Ray Serve").start()
 
 
 def _failure(application: Any) -> str | None:

@@ -1,11 +1,14 @@
 """`StartDisplay`: what `nanoserve serve` prints. Plain lines, and on a terminal a bar while weights load."""
 
 import json
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from cluster.config import ServingConfig
+from cluster.memory_table import memory_tables
+from engine import MemoryUse
 
 
 class StartDisplay:
@@ -16,6 +19,7 @@ class StartDisplay:
         self._output = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._last_line = ""
+        self._told: set[str] = set()
 
     def say(self, line: str) -> None:
         """One line."""
@@ -29,6 +33,17 @@ class StartDisplay:
         if num_ready and line != self._last_line:
             self._last_line = line
             self.say(line)
+
+    def doing(self, text: str) -> None:
+        """What ranks are busy with; may be called often, and by several replicas that do the same: told once."""
+        if text not in self._told:
+            self._told.add(text)
+            self.say(f"{text[0].upper()}{text[1:]}.")
+
+    def memory(self, replicas: Mapping[str, Sequence[MemoryUse]]) -> None:
+        """What the memory of each replica's processes consists of."""
+        for table in memory_tables(replicas):
+            self.say(table)
 
     def ready(self, config: ServingConfig, url: str) -> None:
         """The model can be used."""

@@ -5,9 +5,11 @@ A replica writes (`StartupReport`), `nanoserve serve` reads (`read_reports`). Se
 
 import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray.experimental import internal_kv
+
+from engine import MemoryUse
 
 _NAMESPACE = "nanoserve"
 _PREFIX = "startup/"
@@ -16,10 +18,15 @@ _MIN_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStart:
-    """A replica's state: bytes of weights read so far, when it was ready, or what stopped it."""
+    """A replica's state: bytes of weights read so far, when it was ready, or what stopped it.
+
+    `doing` is what its ranks were busy with last, in words; `memory` what its processes hold, once it is ready.
+    """
 
     done: int = 0
     total: int = 0
+    doing: str = ""
+    memory: tuple[MemoryUse, ...] = ()
     ready_at: float | None = None
     error: Exception | None = None
 
@@ -38,15 +45,19 @@ class StartupReport:
         now = time.monotonic()
         if done == total or now - self._last_write > _MIN_SECONDS:
             self._last_write = now
-            self._write(ReplicaStart(done=done, total=total))
+            self._write(replace(self._state, done=done, total=total))
+
+    def doing(self, text: str) -> None:
+        """The ranks begin something that may take long."""
+        self._write(replace(self._state, doing=text))
 
     def failed(self, error: Exception) -> None:
         """The replica cannot start."""
-        self._write(ReplicaStart(done=self._state.done, total=self._state.total, error=error))
+        self._write(replace(self._state, error=error))
 
-    def ready(self, now: float) -> None:
+    def ready(self, now: float, memory: tuple[MemoryUse, ...] = ()) -> None:
         """The replica serves, since `now` (Unix seconds)."""
-        self._write(ReplicaStart(done=self._state.done, total=self._state.total, ready_at=now))
+        self._write(replace(self._state, ready_at=now, memory=memory))
 
     def _write(self, state: ReplicaStart) -> None:
         self._state = state

@@ -1,11 +1,9 @@
 """`Tokenizer`: text and conversations to token ids and back, over the tokenizer files of a checkpoint.
 
-Files are read by `transformers` from a local directory only, never from a hub and never running code from the
-checkpoint. Encoding goes straight to the Rust tokenizer behind it (tens of microseconds for a short text). It knows
-no requests and no models.
+Encoding goes straight to the Rust tokenizer (tens of microseconds for a short text). Knows no requests and no models;
+`TokenizerFiles` knows how the files are read, `ChatTemplate` how a conversation becomes text.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,51 +11,38 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from cluster.api_error import ApiError
+from cluster.chat_template import RESERVED, ChatTemplate
 from cluster.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, concatenates
+from cluster.tokenizer_files import TokenizerFiles
 from cluster.vocabulary import Vocabulary
-from engine import CheckpointError
-
-# What transformers reports where tokenizer_config.json names no length is about 1e30.
-_LONGEST_MODEL = 10**9
 
 
 class Tokenizer:
     """Made by `load`. `max_len` is the checkpoint's own limit in tokens, None where it names none."""
 
-    def __init__(self, pretrained: Any) -> None:
-        """`pretrained` is a `transformers` tokenizer with a Rust backend."""
-        self._pretrained = pretrained
-        self._backend: BackendTokenizer = pretrained.backend_tokenizer
+    def __init__(self, files: TokenizerFiles) -> None:
+        self._backend: BackendTokenizer = files.backend
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocabulary = Vocabulary(self._backend)
         self._concatenates = concatenates(self._backend, self.vocabulary)
-        self._reserved = frozenset(inspect.signature(pretrained.apply_chat_template).parameters)
-        self._knows_developer = "developer" in str(pretrained.chat_template)
+        template = files.chat_template
+        self._chat_template = None if template is None else ChatTemplate(template, files.special_tokens)
+        self._knows_developer = "developer" in str(template)
         self.vocab_size = self.vocabulary.size
-        self.bos_token_id: int | None = pretrained.bos_token_id
-        self.eos_token_id: int | None = pretrained.eos_token_id
-        self.max_len: int | None = pretrained.model_max_length if pretrained.model_max_length < _LONGEST_MODEL else None
+        self.bos_token_id = self._token_id(files, "bos_token")
+        self.eos_token_id = self._token_id(files, "eos_token")
+        self.max_len = files.max_len
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Read the tokenizer of the checkpoint in directory `path`; raises `CheckpointError` where there is none."""
-        from transformers import AutoTokenizer  # slow to import, and only processes that load one need it
-
-        if not path.is_dir():
-            raise CheckpointError(f"The checkpoint directory {path} does not exist.")
-        try:
-            pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise CheckpointError(f"The tokenizer in {path} cannot be read: {error}") from error
-        if getattr(pretrained, "backend_tokenizer", None) is None:
-            raise CheckpointError(f"The tokenizer in {path} has no tokenizer.json, which this server needs.")
-        return cls(pretrained)
+        return cls(TokenizerFiles.read(path))
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be encoded."""
-        return self._pretrained.chat_template is not None
+        return self._chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with what the tokenizer adds on its own (a leading BOS, for example)."""
@@ -83,19 +68,17 @@ class Tokenizer:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as the model's chat template writes it; raises `ApiError` (400) with its complaint."""
-        if not self.has_chat_template:
+        if self._chat_template is None:
             message = "This model has no chat template. Use /v1/completions with a prompt instead."
             raise ApiError.invalid(message, "messages", "no_chat_template")
         arguments = dict(template_arguments or {})
-        if reserved := sorted(self._reserved & arguments.keys()):
+        if reserved := sorted(RESERVED & arguments.keys()):
             parameter = f"chat_template_kwargs.{reserved[0]}"
             raise ApiError.invalid(f"{parameter} is reserved by the server; leave it out.", parameter)
         if not self._knows_developer:
             messages = [_as_system(message) for message in messages]
         try:
-            text: str = self._pretrained.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
-            )
+            text = self._chat_template.render(messages, add_generation_prompt, arguments)
             text.encode()  # half a surrogate pair, out of a tool call's JSON, is no text
         except Exception as error:  # templates are programs: what a conversation makes them raise is not bounded
             message = f"The model's chat template rejected the conversation: {error}"
@@ -113,6 +96,10 @@ class Tokenizer:
         if self._concatenates:
             return ByteDetokenizer(self.vocabulary, hidden_ids, continues=bool(after))
         return WindowDetokenizer(self._backend, hidden_ids, after)
+
+    def _token_id(self, files: TokenizerFiles, name: str) -> int | None:
+        text = files.special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
 
 
 def _as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,6 +51,10 @@ class Vocabulary:
         if kinds and kinds[-1] == "Metaspace" and rules[-1].get("prepend_scheme", "always") != "never":
             self.leading_space = LeadingSpace.FIRST_TOKEN
 
+    def has(self, token_id: int) -> bool:
+        """Whether the id is a token's; models may have more ids than their tokenizer."""
+        return self._backend.id_to_token(token_id) is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token inside a text; part of a character perhaps; empty for an id that is no token."""
         found = self._bytes.get(token_id)

@@ -22,8 +22,8 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.rank import Rank
-from cluster.step_transport import Failed, Hello, Progress, RankLink, Report, Stop, encode
-from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, NanoserveError, StepOutput
+from cluster.step_transport import Doing, Failed, Hello, Progress, RankLink, Report, Stop, encode
+from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, MemoryUse, NanoserveError, StepOutput
 
 DIAGNOSIS_SECONDS = 2.0  # Ray tells why a process died a moment after its socket closed
 CLOSE_SECONDS = 5.0
@@ -32,18 +32,24 @@ _ECHO = "Another rank of the group"  # so begin errors of ranks that only hear o
 
 
 class WorkerGroup:
-    """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank."""
+    """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank.
+
+    While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. `memory` has what
+    each rank's process holds, once started.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         rank_options: Sequence[dict[str, Any]],
         progress: Callable[[int, int], None] | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         assert len(rank_options) == config.tensor_parallel
         self._config = config
         self._rank_options = rank_options
         self._progress = progress
+        self._tell = tell
         self._directory: Path | None = None
         self._actors: list[Any] = []
         self._runs: list[Any] = []
@@ -53,6 +59,7 @@ class WorkerGroup:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._collapse: asyncio.Task[None] | None = None
         self.pids: dict[int, int] = {}
+        self.memory: list[MemoryUse] = []
         self.death: EngineDeadError | None = None
 
     def start(self) -> CacheCapacity:
@@ -78,8 +85,10 @@ class WorkerGroup:
                 actor: Any = ray.remote(Rank).options(**options).remote()
                 self._actors.append(actor)
                 self._runs.append(actor.run.remote(self._config, rank, path, rendezvous))
-            start = _Start(listener, self._runs, self._progress)
-            return start.wait(self._connections, self._links, self.pids)
+            start = _Start(listener, self._runs, self._progress, self._tell)
+            capacity = start.wait(self._connections, self._links, self.pids)
+        self.memory = sorted(start.memory, key=lambda use: use.process)
+        return capacity
 
     def execute(self, batch: Batch) -> asyncio.Future[StepOutput]:
         """Send one step to every rank; the future is rank 0's answer."""
@@ -179,12 +188,18 @@ class _Start:
     """The wait for ranks to connect, load and be ready."""
 
     def __init__(
-        self, listener: socket.socket, runs: Sequence[Any], progress: Callable[[int, int], None] | None
+        self,
+        listener: socket.socket,
+        runs: Sequence[Any],
+        progress: Callable[[int, int], None] | None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._listener = listener
         self._runs = runs
         self._progress = progress
+        self._tell = tell
         self._loaded: dict[int, Progress] = {}
+        self.memory: list[MemoryUse] = []
         self._capacities: list[CacheCapacity] = []
 
     def wait(self, connections: list[RankLink], links: dict[int, RankLink], pids: dict[int, int]) -> CacheCapacity:
@@ -228,6 +243,10 @@ class _Start:
                 if self._progress is not None:
                     done = sum(loaded.done for loaded in self._loaded.values())
                     self._progress(done, sum(loaded.total for loaded in self._loaded.values()))
+            case Doing(text=text):
+                self._tell(text)
+            case MemoryUse():
+                self.memory.append(report)
             case CacheCapacity():
                 self._capacities.append(report)
             case Failed(error=error):

@@ -18,11 +18,13 @@ from engine.errors import (
     RequestError,
 )
 from engine.executor import CacheCapacity, Executor
+from engine.host_memory import resident_memory
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine, OutputSink
 from engine.loss import Loss
 from engine.loss_waterfall import LossWaterfall
 from engine.memory_budget import check_host_memory
+from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_config import DType, ModelConfig
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
@@ -54,6 +56,9 @@ __all__ = [
     "LengthRange",
     "Loss",
     "LossWaterfall",
+    "MemoryMeter",
+    "MemoryPart",
+    "MemoryUse",
     "ModelConfig",
     "NanoserveError",
     "OutputSink",
@@ -74,4 +79,5 @@ __all__ = [
     "WorkloadSource",
     "check_checkpoint",
     "check_host_memory",
+    "resident_memory",
 ]

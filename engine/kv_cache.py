@@ -54,6 +54,11 @@ class KVCache:
                 f"{device}: lower cache_bytes, cache_fraction or num_blocks."
             ) from error
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks of all layers."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer."""
         return self.keys[index], self.values[index]

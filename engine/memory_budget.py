@@ -52,27 +52,31 @@ def check_host_memory(config: EngineConfig, num_groups: int = 1) -> None:
     num_affordable_blocks(config, (free - num_ranks * weights) // (num_ranks if is_given else num_groups))
 
 
-def num_affordable_blocks(config: EngineConfig, free_bytes: int) -> int:
-    """Blocks of one rank, given the `free_bytes` of its device; raises `CapacityError` when no sequence would fit.
+def cache_budget(config: EngineConfig, free_bytes: int) -> tuple[int, str]:
+    """Bytes that the cache of one rank may take, given the `free_bytes` of its device, and which setting says so.
 
     `num_blocks` decides, else `cache_bytes`, else `cache_fraction` of the free memory: all of it on a GPU, which
     belongs to one rank; on a CPU the rank's share of the machine, and no more than `DEFAULT_CPU_CACHE_BYTES` (or
     one longest sequence), because there the memory is the machine's and the user may be running other things.
     """
     per_block = bytes_per_block(config)
-    needed = config.max_blocks_per_sequence
     if config.num_blocks is not None:
-        num_blocks, budget, source = config.num_blocks, config.num_blocks * per_block, "num_blocks"
-    else:
-        if config.cache_bytes is not None:
-            budget, source = config.cache_bytes, "cache_bytes"
-        elif config.device is DeviceKind.CUDA:
-            budget, source = int(config.cache_fraction * free_bytes), "cache_fraction"
-        else:
-            share = int(config.cache_fraction * free_bytes / config.tensor_parallel)
-            wanted = max(DEFAULT_CPU_CACHE_BYTES, needed * per_block)
-            budget, source = min(share, wanted), "cache_fraction of this rank's share of the free memory"
-        num_blocks = budget // per_block
+        return config.num_blocks * per_block, "num_blocks"
+    if config.cache_bytes is not None:
+        return config.cache_bytes, "cache_bytes"
+    if config.device is DeviceKind.CUDA:
+        return int(config.cache_fraction * free_bytes), "cache_fraction"
+    share = int(config.cache_fraction * free_bytes / config.tensor_parallel)
+    wanted = max(DEFAULT_CPU_CACHE_BYTES, config.max_blocks_per_sequence * per_block)
+    return min(share, wanted), "cache_fraction of this rank's share of the free memory"
+
+
+def num_affordable_blocks(config: EngineConfig, free_bytes: int) -> int:
+    """Blocks of one rank: as many as `cache_budget` holds. Raises `CapacityError` when no sequence would fit."""
+    per_block = bytes_per_block(config)
+    needed = config.max_blocks_per_sequence
+    budget, source = cache_budget(config, free_bytes)
+    num_blocks = budget // per_block
     if num_blocks < needed:
         raise CapacityError(
             f"The KV cache holds {num_blocks * config.block_size} tokens, but one sequence of max_model_len "

@@ -5,6 +5,7 @@ sequences; whoever hosts it (a process, an actor) calls everything from one thre
 """
 
 import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -14,18 +15,21 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
-from engine.cpu_model import prepare_for_cpu
+from engine.cpu_model import pack_weights, use_compiled_kernels
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.gemm_peak import measure_gemm_peak
-from engine.host_memory import keep_freed_memory
+from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
-from engine.memory_budget import available_host_bytes, num_affordable_blocks
+from engine.memory_budget import available_host_bytes, cache_budget, num_affordable_blocks
+from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_runner import ModelRunner
 from engine.models import build_model
+from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
+from engine.tensor_bytes import tensor_bytes
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
 from engine.weight_layout import rank_weight_bytes
@@ -58,31 +62,49 @@ class Worker:
         self._owns_group = False
         self.tensor_parallel = TensorParallel()
         self._runner: ModelRunner | None = None
+        self._tell_host: Callable[[str], None] | None = None
+        self._meter = MemoryMeter()
+        self._model: Decoder | None = None
+        self._cache: KVCache | None = None
+        self._cache_budget = 0
+        self._workspace_bytes = 0
 
-    def start(self, progress: Callable[[int, int], None] | None = None) -> CacheCapacity:
+    def start(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> CacheCapacity:
         """Join the group, load this rank's weights (`progress(bytes_done, bytes_total)`) and allocate its cache.
+
+        Rank 0 tells what it does that may take long: compiling, and planning.
 
         Raises `ConfigError` and its kinds for what can never start here, `EngineDeadError` when the group fails.
         """
         config = self.config
+        self._tell_host = tell
         device = self._select_device()
         self.tensor_parallel = tensor_parallel = self._join_group()
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device)
         load_weights(model, config, tensor_parallel, progress)
+        pipeline = Pipeline(model, config.model.hidden_size)
         if device.type == "cpu":
-            prepare_for_cpu(model, config, self._tell)
+            pack_weights(model)
+            return_freed_memory()  # weights as they were loaded, and now are packed
+            use_compiled_kernels(model, pipeline, config, self._tell)
+        self._meter.mark()
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        pipeline = Pipeline(model, config.model.hidden_size)
         warm_up(config, model, pipeline, device)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
             pipeline.reserve(plans.schedules, config.max_batch_tokens)
+        self._workspace_bytes = self._meter.grown()
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
+        self._model, self._cache = model, cache
         self._runner = ModelRunner(config, model, pipeline, cache, device, plans, returns_logprobs=self._rank == 0)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
@@ -90,6 +112,29 @@ class Worker:
             block_size=config.block_size,
             gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
             dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
+        )
+
+    def memory(self) -> MemoryUse | None:
+        """What this rank's process holds now, that it was started; None where that cannot be known."""
+        model, cache_itself = self._model, self._cache
+        if model is None or cache_itself is None:
+            return None
+        weights = tensor_bytes(dict(model.named_parameters()))
+        cache = tensor_bytes(cache_itself)
+        everything = tensor_bytes([model, cache_itself, self._runner])
+        by_device: dict[str, dict[MemoryPart, int]] = {}
+        for device in everything:
+            by_device[device] = {
+                MemoryPart.WEIGHTS: weights.get(device, 0),
+                MemoryPart.KV_CACHE: cache.get(device, 0),
+                MemoryPart.TABLES: everything[device] - weights.get(device, 0) - cache.get(device, 0),
+            }
+        return self._meter.use(
+            f"rank {self._rank}",
+            os.getpid(),
+            by_device.get("cpu", {}) | {MemoryPart.WORKSPACE: self._workspace_bytes},
+            device_parts=by_device.get("cuda"),
+            cache_budget=self._cache_budget,
         )
 
     def execute(self, batch: Batch) -> PendingStep:
@@ -105,7 +150,7 @@ class Worker:
 
     def close(self) -> None:
         """Leave the group and give the memory back."""
-        self._runner = None
+        self._runner = self._model = self._cache = None
         if self._owns_group:
             self._owns_group = False
             dist.destroy_process_group()
@@ -113,6 +158,8 @@ class Worker:
     def _tell(self, text: str) -> None:
         if self._rank == 0:
             _log.info("%s", text)
+            if self._tell_host is not None:
+                self._tell_host(text)
 
     def _select_device(self) -> torch.device:
         """Make this rank's device the current one and set the number of CPU threads of this process."""
@@ -168,7 +215,9 @@ class Worker:
         failure: CapacityError | None = None
         num_blocks = 0
         try:
-            num_blocks = num_affordable_blocks(self.config, available_bytes(device))
+            free_bytes = available_bytes(device)
+            self._cache_budget, _ = cache_budget(self.config, free_bytes)
+            num_blocks = num_affordable_blocks(self.config, free_bytes)
         except CapacityError as error:
             failure = error
         agreed = self._minimum(num_blocks, device)

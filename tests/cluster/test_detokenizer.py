@@ -4,7 +4,7 @@ import time
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.detokenizer import ByteDetokenizer, WindowDetokenizer, concatenates
@@ -78,6 +78,7 @@ def test_any_tokens_come_back_as_decoded(name: str, skip_special_tokens: bool, n
 
 
 @given(numbers=token_lists)
+@example(numbers=[18447, 45])  # the first is no token
 @settings(deadline=None, max_examples=200)
 @pytest.mark.parametrize("name", ["sentence_piece", "metaspace"])
 def test_any_tokens_of_byte_fallback_come_back(name: str, numbers: list[int]) -> None:
@@ -93,6 +94,14 @@ def test_any_tokens_of_byte_fallback_come_back(name: str, numbers: list[int]) ->
         assert text.replace("\ufffd", "").replace(" ", "") == whole
     else:
         assert text == decoded
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_an_id_that_is_no_token_does_not_count_as_the_first_one(name: str) -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's: what then begins the text still loses its space."""
+    tokenizer = tokenizer_of(name)
+    token_ids = [tokenizer.vocab_size + 1, *tokenizer.encode("The dog", add_special_tokens=False)]
+    assert "".join(pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids) == tokenizer.decode(token_ids[1:])
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "metaspace"])

@@ -201,10 +201,16 @@ def test_a_killed_rank_is_an_error_and_then_a_new_replica(server: Command) -> No
 
 
 @pytest.mark.ray
-def test_interrupting_leaves_nothing_behind(server: Command) -> None:
+def test_interrupting_answers_what_runs_and_leaves_nothing_behind(server: Command) -> None:
     until(lambda: len(server.ranks()) == 4, 30, "the ranks of both replicas")
     assert len(server.processes()) > 10
-    assert server.signal(signal.SIGINT) == 0
+    with server.client.stream("POST", "/v1/completions", json=completion(max_tokens=500, stream=True)) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert server.signal(signal.SIGINT) == 0
+        *_, last = filter(None, lines)
+    assert last == "data: [DONE]"
+    assert "ServeController" not in server.errors.read_text(), "Ray has nothing to say about a stop"
     assert server.processes() == {}
     with socket.create_server(("127.0.0.1", server.port)):
         pass

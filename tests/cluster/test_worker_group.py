@@ -25,6 +25,7 @@ from engine import (
     EngineConfig,
     EngineDeadError,
     LLMEngine,
+    MemoryPart,
     ModelConfig,
     NanoserveError,
     Request,
@@ -32,6 +33,7 @@ from engine import (
     SamplingParams,
 )
 from engine.inline_executor import InlineExecutor
+from engine.memory_budget import bytes_per_block
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 
@@ -96,6 +98,8 @@ async def test_two_ranks_draw_the_tokens_of_one_process(config: EngineConfig) ->
     await engine.close()
     assert seen[-1][0] == seen[-1][1] > 0, "the progress of loading ends at its end"
     assert sorted(group.pids) == [0, 1]
+    assert [(use.process, use.pid) for use in group.memory] == [(f"rank {rank}", group.pids[rank]) for rank in (0, 1)]
+    assert all(use.parts[MemoryPart.KV_CACHE] == 64 * bytes_per_block(config) for use in group.memory)
     twin_config = replace(config, tensor_parallel=1)
     twin = LLMEngine(twin_config, InlineExecutor(twin_config))
     await twin.start()

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cluster.tokenizer import Tokenizer
+from cluster.tokenizer_files import TokenizerFiles
 
 CORPUS = [
     "Hello, world! The quick brown fox jumps over the lazy dog.",
@@ -100,7 +101,7 @@ def save(backend: BackendTokenizer, path: Path, chat_template: str | None = CHAT
 
 def make(backend: BackendTokenizer, chat_template: str | None = CHATML) -> Tokenizer:
     """A `Tokenizer` without a round trip over the disk."""
-    return Tokenizer(_pretrained(backend, chat_template))
+    return Tokenizer(TokenizerFiles.of(_pretrained(backend, chat_template)))
 
 
 def _pretrained(backend: BackendTokenizer, chat_template: str | None, **settings: Any) -> Any:
