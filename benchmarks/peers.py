@@ -53,7 +53,7 @@ MAX_SEQUENCES: Final = 256  # running at once, in every engine
 
 def main() -> None:
     """Print the table, or with --json the same as one JSON object."""
-    options = parse_arguments()
+    options = parse_arguments(__doc__)
     try:
         workload = parse_workload(options.workload)
         peers = choose(options.engines)
@@ -86,9 +86,9 @@ def main() -> None:
     print(json.dumps(summary, indent=2) if options.json else format_table(summary))
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The command line, of this comparison and of that over HTTP."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="32x128/128")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--engines", help="separated by commas, nanoserve always being one; default: all")

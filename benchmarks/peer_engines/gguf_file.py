@@ -1,4 +1,4 @@
-"""Writes a Llama checkpoint as a GGUF file without a vocabulary, for llama.cpp. Runs in its environment, without torch.
+"""Writes a Llama checkpoint with its vocabulary as a GGUF file, for llama.cpp. Runs in its environment, without torch.
 
 Weights keep their number format; norms are float32, which llama.cpp asks for. Rows of query and key projections
 change places within each head: llama.cpp rotates neighbouring elements where Hugging Face rotates halves.
@@ -8,6 +8,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from peer_engines.peer_engine import EngineSetup
+
+
+def gguf_path(setup: EngineSetup) -> Path:
+    """Where the file for this checkpoint lies, beside what other engines made of it."""
+    return setup.converted / "model-with-vocabulary.gguf"
 
 
 def write_gguf(checkpoint: Path, file: Path) -> None:
@@ -28,7 +35,7 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, weight in _tensors(checkpoint / "model.safetensors"):
         short = name.removesuffix(".weight")
@@ -44,6 +51,26 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, checkpoint: Path) -> None:
+    """Of a byte-level tokenizer. A server needs it to write text; prompts are token ids, which it does not touch."""
+    import gguf
+
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    tokens = {token_id: token for token, token_id in tokenizer["model"]["vocab"].items()} | special
+    end = next(iter(special))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens[token_id] for token_id in range(len(tokens))])
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if token_id in special else kinds.NORMAL for token_id in range(len(tokens))])
+    # llama.cpp refuses a list of no merges; this one never applies, for no text is split into special tokens.
+    writer.add_token_merges(merges or [f"{special[end]} {special[end]}"])
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from peer_engines.gguf_file import write_gguf
+from peer_engines.gguf_file import gguf_path, write_gguf
 from peer_engines.peer import Peer
 from peer_engines.peer_engine import MAX_BATCH_TOKENS, EngineSetup, PeerRequest
 from peer_engines.worker_loop import serve
@@ -56,7 +56,7 @@ class LlamaCppEngine:
         file = str(_converted(setup)).encode()
         self._model = llama_cpp.llama_model_load_from_file(file, llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = -(-setup.max_model_len // 256) * 256 * setup.max_sequences  # divided among the sequences
+        settings.n_ctx = context_tokens(setup)
         settings.n_seq_max = setup.max_sequences
         settings.n_batch = MAX_BATCH_TOKENS
         settings.n_threads = settings.n_threads_batch = setup.num_threads
@@ -137,9 +137,14 @@ class LlamaCppEngine:
         return int(np.ctypeslib.as_array(address, shape=(self._num_logits,)).argmax())
 
 
+def context_tokens(setup: EngineSetup) -> int:
+    """Of all sequences together; llama.cpp gives each the same share, a multiple of 256."""
+    return -(-setup.max_model_len // 256) * 256 * setup.max_sequences
+
+
 def _converted(setup: EngineSetup) -> Path:
-    """The checkpoint as a GGUF file, made once."""
-    file = setup.converted / "model.gguf"
+    """The checkpoint as a GGUF file, made once; `llama-server` reads it too."""
+    file = gguf_path(setup)
     if not file.exists():
         partial = setup.converted / "partial.gguf"
         write_gguf(setup.checkpoint, partial)

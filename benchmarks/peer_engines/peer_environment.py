@@ -28,6 +28,11 @@ class PeerEnvironment:
         """Whether an installation of exactly these requirements was completed."""
         return self.path is None or self._installed_text() == self._wanted_text()
 
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """What is installed, with its versions."""
+        return self._peer.requirements
+
     def variables(self, num_threads: int) -> dict[str, str]:
         """This process's environment variables with the peer's own, which set its threads where nothing else can."""
         own = {"OMP_NUM_THREADS": "{threads}", **self._peer.variables}
@@ -43,26 +48,31 @@ class PeerEnvironment:
         subprocess.run([sys.executable, "-m", "venv", self.path], check=True)
         if self._peer.torch is not None:
             self._install_torch(f"torch=={self._peer.torch}")
-        self._run("pip", "install", "-q", *self._peer.requirements, *self._torch_pin())
+        self.run("pip", "install", "-q", *self._peer.requirements, *self._torch_pin())
         if self._peer.unwanted:
-            self._run("pip", "uninstall", "-q", "-y", *self._peer.unwanted)
+            self.run("pip", "uninstall", "-q", "-y", *self._peer.unwanted)
         (self.path / _MARKER).write_text(self._wanted_text())
+
+    def run(self, module: str, *arguments: str) -> None:
+        """A module of the environment, with the build's variables; raises `subprocess.CalledProcessError`."""
+        self.execute(str(self.python), "-m", module, *arguments)
+
+    def execute(self, *command: str) -> None:
+        """A program, likewise. What it says goes to standard error."""
+        variables = {**os.environ, **self._replaced(self._peer.build_variables)}
+        subprocess.run(command, check=True, stdout=sys.stderr, env=variables)
 
     def _install_torch(self, requirement: str) -> None:
         """The CPU build. Where pip is not offered it, uv knows where it is; plain pip would take the CUDA build."""
         try:
-            self._run("pip", "install", "-q", f"{requirement}+cpu")
+            self.run("pip", "install", "-q", f"{requirement}+cpu")
         except subprocess.CalledProcessError:
-            self._run("pip", "install", "-q", "uv")
-            self._run("uv", "pip", "install", "-q", "--python", str(self.python), "--torch-backend", "cpu", requirement)
+            self.run("pip", "install", "-q", "uv")
+            self.run("uv", "pip", "install", "-q", "--python", str(self.python), "--torch-backend", "cpu", requirement)
 
     def _torch_pin(self) -> tuple[str, ...]:
         """Named again beside the requirements, so that none of them replaces the build."""
         return () if self._peer.torch is None else (f"torch=={self._peer.torch}",)
-
-    def _run(self, module: str, *arguments: str) -> None:
-        variables = {**os.environ, **self._replaced(self._peer.build_variables)}
-        subprocess.run([self.python, "-m", module, *arguments], check=True, stdout=sys.stderr, env=variables)
 
     def _replaced(self, variables: Mapping[str, str], **values: str) -> dict[str, str]:
         return {name: text.format(environment=self.path, **values) for name, text in variables.items()}
