@@ -128,7 +128,7 @@ def _samples(time_once: Callable[[], float], seconds: float) -> list[float]:
 def _cpu_seconds(activations: Tensor, weights: Tensor) -> float:
     started = time.perf_counter()
     if weights.is_mkldnn:
-        packed.linear(activations, weights, None)
+        packed.product(activations, weights, None)
     else:
         functional.linear(activations, weights)
     return time.perf_counter() - started

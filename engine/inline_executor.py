@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
@@ -19,6 +19,8 @@ from engine.executor import CacheCapacity
 if TYPE_CHECKING:
     from engine.pending_step import PendingStep
     from engine.worker import Worker
+
+Measured = TypeVar("Measured")
 
 
 class InlineExecutor:
@@ -50,6 +52,14 @@ class InlineExecutor:
             return failed
         launched = self._launches.submit(self._launch, batch)
         return asyncio.wrap_future(self._results.submit(self._wait, batch, launched))
+
+    def measure(self, function: Callable[[EngineConfig], Measured]) -> Measured:
+        """The function of the configuration, called on the rank's thread between steps.
+
+        Measurements belong there: OpenMP keeps a team of threads for every thread that computes, and where two teams do
+        not fit on the cores, GNU's lets both sleep at barriers instead of spinning (docs/cpu_kernels.md).
+        """
+        return self._launches.submit(function, self._config).result()
 
     def close(self) -> None:
         """Stop the rank after the step already begun; those still queued fail. Idempotent."""

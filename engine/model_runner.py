@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, IntArray
+from engine.batch import Batch
 from engine.config import EngineConfig, PipelineMode
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
@@ -72,19 +72,19 @@ class ModelRunner:
         stopwatch = Stopwatch()
         num_prefills = batch.num_tokens - batch.num_decodes
         name, schedule = self.plans.of(batch.num_decodes, num_prefills)
-        cut = schedule.cut.scaled(batch.num_decodes, num_prefills)
         for admission in batch.admissions:
             self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
-        lengths = (batch.starts + batch.counts).astype(np.int64)
-        sampled_rows = batch.rows[batch.sampled].astype(np.int64)
-        plan = self._sampling.plan(sampled_rows, lengths[batch.sampled], self._returns_logprobs)
-        arrays = {**_update_arrays(batch), **_step_arrays(batch, lengths, cut), **plan.arrays}
-        staged = stage(arrays, self.device)
-        self._pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
-        self._pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
+        arrays = _step_arrays(batch, schedule.cut, self._kv_cache.block_size)
+        plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
+        staged = stage(_update_arrays(batch) | arrays | plan.arrays, self.device)
+        if batch.admissions:
+            self._pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
+        if len(batch.block_updates):
+            self._pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
         drawn = None
         if len(batch.rows):
-            hidden_TE = self.pipeline.run(self._step_inputs(batch, lengths, staged), schedule, self._lanes, stopwatch)
+            step = self._step_inputs(batch, arrays["length"], staged)
+            hidden_TE = self.pipeline.run(step, schedule, self._lanes, stopwatch)
             if len(batch.sampled):
                 drawn = self._draw(hidden_TE, plan, staged, stopwatch)
         clock.stop()
@@ -94,11 +94,16 @@ class ModelRunner:
     def _draw(self, hidden_TE: Tensor, plan: SamplingPlan, staged: dict[str, Tensor], stopwatch: Stopwatch) -> Drawn:
         """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
         started = stopwatch.now()
-        shard_KR = self._model.lm_head.shard(self._model.norm(hidden_TE[staged["sampled_token"]]))
+        hidden_KE = hidden_TE[staged["sampled_token"]] if "sampled_token" in staged else hidden_TE
+        shard_KR = self._model.lm_head.shard(self._model.norm(hidden_KE))
         multiplied = stopwatch.spent(Cost.GEMM, started)
         logits_KV = self._model.lm_head.join(shard_KR)
         stopwatch.gathered(multiplied, self._model.lm_head.all_gather)
-        drawn = sample(logits_KV, plan, staged, self._pool)
+        best = self._model.lm_head.best
+        if best is not None and not plan.arrays:  # all that every row asks for is its best token
+            drawn = Drawn(token_ids=best(logits_KV)[0])
+        else:
+            drawn = sample(logits_KV, plan, staged, self._pool)
         self._pool.write_tokens(staged["sampled_row"], staged["sampled_position"], drawn.token_ids)
         return drawn
 
@@ -107,17 +112,18 @@ class ModelRunner:
         block_size = self._kv_cache.block_size
         num_decodes = batch.num_decodes
         rows_S, lengths_S = staged["row"], staged["length"]
-        decode_width = -(-int(lengths[:num_decodes].max(initial=0)) // block_size)
-        prefill_width = -(-int(lengths[num_decodes:].max(initial=0)) // block_size)
+        rows_T, positions_T = staged["token_row"], staged["token_position"]
+        longest_decode = int(lengths[:num_decodes].max(initial=0))
+        longest_prefill = int(lengths[num_decodes:].max(initial=0))
         return StepInputs(
-            tokens=self._pool.read_tokens(staged["token_row"], staged["token_position"]),
-            positions=staged["token_position"],
-            slots=self._pool.slots(staged["token_row"], staged["token_position"], block_size),
-            decode_block_tables=self._pool.tables(rows_S[:num_decodes], decode_width),
+            tokens=self._pool.read_tokens(rows_T, positions_T),
+            positions=positions_T,
+            slots=self._pool.slots(rows_T, staged["token_block"], staged["token_offset"], block_size),
+            decode_block_tables=self._pool.tables(rows_S[:num_decodes], -(-longest_decode // block_size)),
             decode_lengths=lengths_S[:num_decodes],
-            prefill_block_tables=self._pool.tables(rows_S[num_decodes:], prefill_width),
+            prefill_block_tables=self._pool.tables(rows_S[num_decodes:], -(-longest_prefill // block_size)),
             num_decodes=num_decodes,
-            max_decode_length=int(lengths[:num_decodes].max(initial=0)),
+            max_decode_length=longest_decode,
             prefill_chunk_sizes=tuple(batch.counts[num_decodes:].tolist()),
             prefill_context_lengths=tuple(lengths[num_decodes:].tolist()),
             kv_cache=self._kv_cache,
@@ -125,36 +131,47 @@ class ModelRunner:
 
 
 def _update_arrays(batch: Batch) -> dict[str, HostArray]:
-    """The tokens of admitted rows and the changed entries of block tables, one flat array per column."""
-    sizes = [len(admission.token_ids) for admission in batch.admissions]
-    tokens = [admission.token_ids for admission in batch.admissions]
-    updates = batch.block_updates.reshape(-1, 3).astype(np.int64)
-    return {
-        "new_row": np.repeat(np.array([admission.row for admission in batch.admissions], dtype=np.int64), sizes),
-        "new_position": _ranges(np.zeros(len(sizes), dtype=np.int64), np.array(sizes, dtype=np.int64)),
-        "new_token": np.concatenate(tokens).astype(np.int64) if tokens else np.empty(0, dtype=np.int64),
-        "block_row": updates[:, 0],
-        "block_index": updates[:, 1],
-        "block_id": updates[:, 2],
-    }
+    """The tokens of admitted rows and the changed entries of block tables, one flat array per column, if any."""
+    arrays: dict[str, HostArray] = {}
+    if batch.admissions:
+        sizes = np.array([len(admission.token_ids) for admission in batch.admissions], dtype=np.int64)
+        rows = np.array([admission.row for admission in batch.admissions], dtype=np.int64)
+        tokens = np.concatenate([admission.token_ids for admission in batch.admissions])
+        arrays["new_row"] = np.repeat(rows, sizes)
+        arrays["new_position"] = _ranges(np.zeros_like(sizes), sizes)
+        arrays["new_token"] = tokens.astype(np.int64)
+    if len(batch.block_updates):
+        columns = batch.block_updates.T.astype(np.int64, order="C")
+        arrays["block_row"], arrays["block_index"], arrays["block_id"] = columns
+    return arrays
 
 
-def _step_arrays(batch: Batch, lengths: Int64s, cut: Cut) -> dict[str, HostArray]:
-    """Rows and positions of the T tokens, the S sequences and the K draws; `cut` is the order of hidden states."""
-    counts = batch.counts.astype(np.int64)
-    ends = counts.cumsum()
-    return {
-        "token_row": np.repeat(batch.rows.astype(np.int64), counts),
-        "token_position": _ranges(batch.starts, counts),
-        "row": batch.rows.astype(np.int64),
-        "length": lengths,
-        "sampled_token": cut.positions_of(ends[batch.sampled] - 1),
-        "sampled_row": batch.rows[batch.sampled].astype(np.int64),
-        "sampled_position": lengths[batch.sampled],
-    }
+def _step_arrays(batch: Batch, planned: Cut, block_size: int) -> dict[str, Int64s]:
+    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut.
+
+    In a step of decodes alone several of them are the same, and no "sampled_token" says that every hidden state is
+    drawn from, in its place.
+    """
+    rows, starts = batch.rows.astype(np.int64), batch.starts.astype(np.int64)
+    lengths = starts + batch.counts
+    arrays = {"row": rows, "length": lengths, "token_row": rows, "token_position": starts}
+    has_prefills = len(rows) > batch.num_decodes
+    if has_prefills:
+        arrays["token_row"] = np.repeat(rows, batch.counts)
+        arrays["token_position"] = _ranges(starts, batch.counts.astype(np.int64))
+    arrays["token_block"], arrays["token_offset"] = np.divmod(arrays["token_position"], block_size)
+    arrays["sampled_row"], arrays["sampled_position"] = rows, lengths
+    draws_all = len(batch.sampled) == len(rows)
+    if not draws_all:
+        arrays["sampled_row"], arrays["sampled_position"] = rows[batch.sampled], lengths[batch.sampled]
+    if has_prefills or not draws_all or len(planned.nano_batches) > 1:
+        cut = planned.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        ends = batch.counts.cumsum(dtype=np.int64)
+        arrays["sampled_token"] = cut.positions_of(ends[batch.sampled] - 1)
+    return arrays
 
 
-def _ranges(starts: Int64s | IntArray, counts: Int64s) -> Int64s:
+def _ranges(starts: Int64s, counts: Int64s) -> Int64s:
     """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ...: one flat int64 array."""
-    shifts = starts.astype(np.int64) - (counts.cumsum() - counts)
+    shifts = starts - (counts.cumsum() - counts)
     return np.arange(counts.sum(), dtype=np.int64) + np.repeat(shifts, counts)

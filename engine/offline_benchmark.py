@@ -7,7 +7,7 @@ so that a moment of noise cannot flatter the engine.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,8 @@ class OfflineBenchmark:
 
     def run(self) -> OfflineResult:
         """Load, warm up, measure. Raises `ConfigError` for what cannot start and `EngineDeadError`."""
-        before = measure_gemm_peak(self._config)
-        seconds, counted, waterfall = asyncio.run(self._run())
-        after = measure_gemm_peak(self._config)
-        peak = max(before, after, key=lambda peak: peak.flops_per_second)
+        seconds, counted, waterfall, peaks = asyncio.run(self._run())
+        peak = max(peaks, key=lambda peak: peak.flops_per_second)
         return OfflineResult(
             config=self._config,
             workload=self._workload,
@@ -156,11 +154,15 @@ class OfflineBenchmark:
             waterfall=waterfall.with_optimum(optimal_tokens_per_second(peak.flops_per_second, self._config.model)),
         )
 
-    async def _run(self) -> tuple[float, EngineStats, LossWaterfall]:
-        """Seconds, counters at the end, and the losses of those seconds against the peak that the rank measured."""
-        engine = LLMEngine(self._config, InlineExecutor(self._config))
+    async def _run(self) -> tuple[float, EngineStats, LossWaterfall, Sequence[GemmPeak]]:
+        """Seconds, counters at the end, the losses of those seconds against the peak that the rank measured, and the
+        peaks before and after.
+        """
+        executor = InlineExecutor(self._config)
+        engine = LLMEngine(self._config, executor)
         await engine.start()
         try:
+            peaks = [executor.measure(measure_gemm_peak)]
             requests = [self._request(index) for index in range(len(self._workload.requests))]
             sink = _CountingSink(len(requests), self._progress)
             before = engine.stats()
@@ -171,7 +173,8 @@ class OfflineBenchmark:
             seconds, counted = time.perf_counter() - started, engine.stats()
             waterfall = LossWaterfall.between(before, counted)
             assert waterfall is not None, "a worker measures its GEMM peak, and every workload has a request"
-            return seconds, counted, waterfall
+            peaks.append(executor.measure(measure_gemm_peak))
+            return seconds, counted, waterfall, peaks
         finally:
             await engine.close()
 
@@ -180,7 +183,7 @@ class OfflineBenchmark:
         return Request(
             request_id=RequestId(f"offline-{index}"),
             prompt_token_ids=tuple(self._prompts.token_ids(self._workload, index)),
-            sampling=SamplingParams(max_tokens=length, min_tokens=length, ignore_eos=True, temperature=0.0),
+            sampling=SamplingParams(max_tokens=length, ignore_eos=True, temperature=0.0),
         )
 
 

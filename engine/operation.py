@@ -11,7 +11,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from engine.batch_shape import BatchShape
-from engine.kernels.compiled import CompiledKernel, Kernel
+from engine.kernels.compiled import CompiledKernel
+from engine.kernels.kernel import Kernel
+from engine.step_inputs import StepInputs
 
 
 class Resource(StrEnum):
@@ -87,11 +89,20 @@ class Operation(nn.Module):
     compiled: CompiledKernel | None = None
 
     def kernel(self, dtype: str, block_size: int) -> Kernel | None:
-        """What `forward` is but for reading its inputs, as a function on tensors, if compiling it for a CPU pays.
+        """What `forward` computes as a function of tensors, if compiling it for a CPU pays: of the values that
+        `forward` takes, then of `step_tensors`, then of `weights`.
 
         `dtype` is the name of the activations' number format, `block_size` that of the KV cache, in tokens.
         """
         return None
+
+    def step_tensors(self, step: StepInputs) -> tuple[Tensor, ...]:
+        """What its kernel takes of the step's inputs."""
+        return ()
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """What its kernel takes that is the same in every step."""
+        return ()
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """The work of this rank for the tokens of `shape`, with activations of `element_bytes` an element."""

@@ -1,10 +1,11 @@
 """`SamplingTable`: how each row samples, kept on the host; `SamplingPlan`: what one step needs of it.
 
 The host knows every parameter, so it decides which rows need which work and the device never has to be asked. A row
-that uses no feature appears in no section of the plan and costs nothing. Token values never come here.
+that uses no feature appears in no section of the plan and costs nothing. The same rows draw step after step, so what
+does not depend on positions is worked out once for them. Token values never come here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,19 @@ class SamplingPlan:
     num_top: Int64s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sections:
+    """What some rows need at every position: the indices of those in each section, and the plan without positions."""
+
+    plain: Int64s
+    filtered: Int64s
+    penalised: Int64s
+    edited: Int64s
+    prompt_lengths: Int64s
+    min_tokens: Int64s
+    plan: SamplingPlan
+
+
 class SamplingTable:
     """Sampling parameters of `max_sequences` rows. `eos_token_ids` are banned with the stop ids by `min_tokens`."""
 
@@ -52,9 +66,11 @@ class SamplingTable:
         self._eos_token_ids = eos_token_ids
         self._biases: dict[int, tuple[Int64s, NDArray[np.float64]]] = {}
         self._stops: dict[int, Int64s] = {}
+        self._known: tuple[bytes, bool, _Sections] | None = None
 
     def admit(self, row: int, sampling: SamplingParams, num_prompt_tokens: int) -> None:
         """`row` samples by `sampling` from now on; its former parameters are forgotten."""
+        self._known = None
         top_k = 0 if sampling.top_k >= self._vocab_size else sampling.top_k
         random = sampling.temperature >= MIN_TEMPERATURE
         penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
@@ -84,52 +100,58 @@ class SamplingTable:
 
     def plan(self, rows: Int64s, positions: Int64s, with_logprobs: bool) -> SamplingPlan:
         """What drawing the tokens at (`rows`, `positions`) [K] takes; no log-probabilities unless `with_logprobs`."""
+        key = rows.tobytes()
+        if self._known is None or self._known[:2] != (key, with_logprobs):
+            self._known = key, with_logprobs, self._sections(rows, with_logprobs)
+        sections = self._known[2]
+        if not sections.plan.arrays and not sections.edited.size:
+            return sections.plan
+        arrays = dict(sections.plan.arrays)
+        for name in ("plain", "filtered", "penalised"):
+            indices: Int64s = getattr(sections, name)
+            if indices.size:
+                arrays[f"{name}_position"] = positions[indices]
+        if sections.edited.size:
+            too_short = positions - sections.prompt_lengths < sections.min_tokens
+            self._add_edits(arrays, sections.edited, rows, too_short)
+        history_width = int(positions[sections.penalised].max(initial=0))
+        return replace(sections.plan, arrays=arrays, history_width=history_width)
+
+    def _sections(self, rows: Int64s, with_logprobs: bool) -> _Sections:
+        """What of the plan for these rows is the same at every position."""
         table = self._rows[rows]
-        arrays: dict[str, HostArray] = {}
         draw = ("seed", "temperature", "min_p")
         plain = np.flatnonzero(table["random"] & ~table["filtered"])
         filtered = np.flatnonzero(table["filtered"])
         penalised = np.flatnonzero(table["penalised"])
-        self._add(arrays, "plain", plain, table, positions, draw)
-        self._add(arrays, "filtered", filtered, table, positions, (*draw, "top_k", "top_p"))
-        if self._add(
-            arrays, "penalised", penalised, table, positions, ("prompt_length", "presence", "frequency", "repetition")
-        ):
-            arrays["penalised_row"] = rows[penalised]
-        edited = np.flatnonzero(table["edited"])
-        if edited.size:
-            self._add_edits(arrays, edited, rows, positions - table["prompt_length"] < table["min_tokens"])
         logprobs = np.flatnonzero(table["logprobs"] >= 0) if with_logprobs else np.empty(0, dtype=np.int64)
+        arrays = {
+            **_section("plain", plain, table, draw),
+            **_section("filtered", filtered, table, (*draw, "top_k", "top_p")),
+            **_section("penalised", penalised, table, ("prompt_length", "presence", "frequency", "repetition")),
+        }
+        if penalised.size:
+            arrays["penalised_row"] = rows[penalised]
         if logprobs.size:
             arrays["logprobs_index"] = logprobs
         top_ks = table["top_k"][filtered]
-        return SamplingPlan(
-            arrays=arrays,
-            uses_min_p=bool((table["min_p"][plain] > 0).any()),
-            max_top_k=int(top_ks.max(initial=0)),
-            all_top_k=bool((top_ks > 0).all()),
-            history_width=int(positions[penalised].max(initial=0)),
-            logprobs_indices=logprobs,
-            num_top=table["logprobs"][logprobs],
+        return _Sections(
+            plain=plain,
+            filtered=filtered,
+            penalised=penalised,
+            edited=np.flatnonzero(table["edited"]),
+            prompt_lengths=table["prompt_length"],
+            min_tokens=table["min_tokens"],
+            plan=SamplingPlan(
+                arrays=arrays,
+                uses_min_p=bool((table["min_p"][plain] > 0).any()),
+                max_top_k=int(top_ks.max(initial=0)),
+                all_top_k=bool((top_ks > 0).all()),
+                history_width=0,
+                logprobs_indices=logprobs,
+                num_top=table["logprobs"][logprobs],
+            ),
         )
-
-    @staticmethod
-    def _add(
-        arrays: dict[str, HostArray],
-        section: str,
-        indices: Int64s,
-        table: NDArray[np.void],
-        positions: Int64s,
-        columns: tuple[str, ...],
-    ) -> bool:
-        """Add a section with the given columns of the rows at `indices`, if there are any."""
-        if not indices.size:
-            return False
-        arrays[f"{section}_index"] = indices
-        arrays[f"{section}_position"] = positions[indices]
-        for column in columns:
-            arrays[f"{section}_{column}"] = table[column][indices]
-        return True
 
     def _add_edits(
         self, arrays: dict[str, HostArray], edited: Int64s, rows: Int64s, too_short: NDArray[np.bool_]
@@ -146,3 +168,10 @@ class SamplingTable:
         if banned:
             arrays["banned_index"] = np.repeat([index for index, _ in banned], [len(stops) for _, stops in banned])
             arrays["banned_token"] = np.concatenate([stops for _, stops in banned])
+
+
+def _section(name: str, indices: Int64s, table: NDArray[np.void], columns: tuple[str, ...]) -> dict[str, HostArray]:
+    """A section with the given columns of the rows at `indices`, if there are any."""
+    if not indices.size:
+        return {}
+    return {f"{name}_index": indices, **{f"{name}_{column}": table[column][indices] for column in columns}}

@@ -16,14 +16,19 @@ HostArray = NDArray[np.int64] | NDArray[np.float64]
 
 
 def stage(arrays: Mapping[str, HostArray], device: torch.device) -> dict[str, Tensor]:
-    """The flat int64 and float64 `arrays` as tensors of `device`, without waiting for the copy."""
-    num_elements = sum(array.size for array in arrays.values())
-    buffer = torch.empty(num_elements, dtype=torch.int64, pin_memory=device.type == "cuda")
-    if arrays:
-        np.concatenate([array.view(np.int64) for array in arrays.values()], out=buffer.numpy())
-    on_device = buffer.to(device, non_blocking=True)
-    parts = torch.split_with_sizes(on_device, [array.size for array in arrays.values()])
-    return {
-        name: part.view(torch.float64) if array.dtype == np.float64 else part
-        for (name, array), part in zip(arrays.items(), parts, strict=True)
+    """The flat int64 and float64 `arrays` as tensors of `device`, without waiting for the copy.
+
+    An array that has several names travels once, and its names share a tensor.
+    """
+    distinct = {id(array): array for array in arrays.values()}
+    sizes = [array.size for array in distinct.values()]
+    buffer = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    if distinct:
+        np.concatenate([array.view(np.int64) for array in distinct.values()], out=buffer.numpy())
+    on_device = buffer if device.type == "cpu" else buffer.to(device, non_blocking=True)
+    parts = torch.split_with_sizes(on_device, sizes)
+    tensors = {
+        key: part.view(torch.float64) if array.dtype == np.float64 else part
+        for (key, array), part in zip(distinct.items(), parts, strict=True)
     }
+    return {name: tensors[id(array)] for name, array in arrays.items()}

@@ -5,10 +5,11 @@ P prefill sequences with Q = T - D tokens together; B width of a block table. Al
 said otherwise (CPU indexing wants int64; kernels convert).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from engine.kernels.prefill import PrefillPlan
 from engine.kv_cache import KVCache
 
 
@@ -20,7 +21,7 @@ class StepInputs:
     `decode_block_tables` [D, B] and `decode_lengths` [D]: blocks and context length (the new token included) of
     each decode. `prefill_block_tables` [P, B]. The chunks follow the decodes in order, `prefill_chunk_sizes` tokens
     each; `prefill_context_lengths` count each sequence's tokens up to and including its chunk. Host-side integers are
-    known without a device synchronisation.
+    known without a device synchronisation. `prefill_plans`, by sliding window: the first layer to need one makes it.
     """
 
     tokens: Tensor
@@ -34,3 +35,4 @@ class StepInputs:
     prefill_chunk_sizes: tuple[int, ...]
     prefill_context_lengths: tuple[int, ...]
     kv_cache: KVCache
+    prefill_plans: dict[int | None, PrefillPlan] = field(default_factory=dict, compare=False, repr=False)

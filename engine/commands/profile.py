@@ -76,10 +76,10 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
     from engine.pipeline.plan_store import PlanStore
     from engine.pipeline.profiler import QUICK, THOROUGH, Profiler
 
-    traced, config = worker.runner.pipeline.traced, worker.config
-    fingerprint = fingerprint_of(config, traced.graph.signature, worker.tensor_parallel)
+    program, config = worker.runner.pipeline.program, worker.config
+    fingerprint = fingerprint_of(config, program.graph.signature, worker.tensor_parallel)
     profiler = Profiler(
-        traced,
+        program,
         config,
         worker.tensor_parallel,
         torch.device(config.device.value),

@@ -1,6 +1,6 @@
-"""`CompiledKernels`: functions of `engine.kernels.fused`, compiled ahead for this CPU and kept between runs.
+"""`CompiledKernels`: kernels compiled ahead for this CPU and kept between runs.
 
-torch's export and AOTInductor make a shared library of a function once for all batch sizes: nothing is traced, guarded
+torch's export and AOTInductor make a shared library of a kernel once for all batch sizes: nothing is traced, guarded
 or compiled while requests are served, and a call costs 2 to 4 microseconds more than the loops in it, where one through
 `torch.compile` costs 15. Compiling takes some ten seconds a kernel and needs a C++ compiler; it happens in processes of
 its own. Where it is not possible operations compute as they are written.
@@ -12,14 +12,15 @@ its kernels were compiled; sums are added in another order.
 import fcntl
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,62 +28,42 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from engine.kernels import fused
+from engine.kernels import fused, packed
+from engine.kernels.kernel import Argument, Kernel, KernelCall
 
 _log = logging.getLogger(__name__)
 
 # Of the sizes that differ from call to call, what a kernel is traced with. They decide where it uses several threads.
 _EXAMPLES = {"T": 64, "D": 64, "B": 16, "N": 512, "M": 1024}
 _TIMEOUT_SECONDS = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A tensor; a size that has a name (of those in `_EXAMPLES`) differs from call to call."""
-
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """The function `name` of `fused` for such tensors, with constants by their names."""
-
-    name: str
-    arguments: tuple[Argument, ...]
-    constants: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def function(self) -> Callable[..., Tensor]:
-        """As it is written."""
-        return functools.partial(getattr(fused, self.name), **dict(self.constants))
-
-    @property
-    def key(self) -> str:
-        """Sixteen hexadecimal digits of everything that the compiled form depends on."""
-        facts = [asdict(self), torch.__version__, _processor(), Path(fused.__file__).read_text(), _EXAMPLES]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+# Functions that are sums, whose order is the compiler's anyway: products and additions may be one instruction.
+_SUMS = ("decode_attention",)
 
 
 class CompiledKernel:
-    """A kernel to be called like its function; inputs that lie otherwise than compiled for take the written one."""
+    """A kernel to be called like one; inputs that lie otherwise than compiled for take the functions as written."""
 
     def __init__(self, kernel: Kernel, path: Path) -> None:
         """Raises `RuntimeError` where the file cannot be loaded."""
         from torch._C._aoti import AOTIModelPackageLoader
 
-        self._function = kernel.function
+        self.kernel = kernel
         self._expected = [(getattr(torch, each.dtype), len(each.shape)) for each in kernel.arguments]
         # By position: file, name of the model in it, one caller at a time, runners, device index (none).
         self._loader = AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         self._run = self._loader.run
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for tensor, (dtype, num_dimensions) in zip(inputs, self._expected, strict=True):
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The kernel's outputs."""
+        return self.call(inputs, ())
+
+    def call(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The kernel's outputs for arguments that end with `weights`, which are known to lie as compiled for."""
+        for tensor, (dtype, num_dimensions) in zip(inputs, self._expected, strict=False):
             if tensor.dtype is not dtype or tensor.dim() != num_dimensions or not tensor.is_contiguous():
-                return self._function(*inputs)
-        output: Tensor = self._run(list(inputs))[0]
-        return output
+                return self.kernel(*inputs, *weights)
+        outputs: Sequence[Tensor] = self._run([*inputs, *weights])
+        return outputs
 
 
 class CompiledKernels:
@@ -125,7 +106,7 @@ class CompiledKernels:
             return None
 
     def _path(self, kernel: Kernel) -> Path:
-        return self._folder / f"{kernel.name}-{kernel.key}.pt2"
+        return self._folder / f"{kernel.calls[0].function}-{_key(kernel)}.pt2"
 
     def _start(self, kernel: Kernel) -> "subprocess.Popen[str]":
         """A process that compiles it; one thread each, as several run at the same time."""
@@ -158,6 +139,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _key(kernel: Kernel) -> str:
+    """Sixteen hexadecimal digits of everything that the compiled form depends on."""
+    sources = [inspect.getsource(module) for module in (fused, packed)]
+    facts = [asdict(kernel), torch.__version__, _processor(), sources, _EXAMPLES]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @functools.cache
 def _processor() -> str:
     """What code for this machine's own instructions may not be moved beyond."""
@@ -176,6 +164,8 @@ def _compile(kernel: Kernel, path: Path) -> None:
     inductor.emulate_precision_casts = True
     inductor.assert_indirect_indexing = False  # slots and blocks were given out by our own block manager
     inductor.cpp.dynamic_threads = True  # as many as torch is told to use when it is called
+    if all(call.function in _SUMS for call in kernel.calls):
+        inductor.cpp.enable_floating_point_contract_flag = "fast"
     examples = tuple(
         torch.zeros(
             [_EXAMPLES[size] if isinstance(size, str) else size for size in argument.shape],
@@ -187,8 +177,9 @@ def _compile(kernel: Kernel, path: Path) -> None:
         {place: torch.export.Dim.DYNAMIC for place, size in enumerate(argument.shape) if isinstance(size, str)}
         for argument in kernel.arguments
     )
+    packed.lower_for_inductor()
     with torch.no_grad():
-        exported = torch.export.export(_Function(kernel.function), examples, dynamic_shapes=(dynamic,))
+        exported = torch.export.export(_Function(kernel), examples, dynamic_shapes=(dynamic,))
         temporary = path.with_name(f".{uuid4().hex}.pt2")
         try:
             torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary))
@@ -200,20 +191,28 @@ def _compile(kernel: Kernel, path: Path) -> None:
 class _Function(torch.nn.Module):
     """What can be exported."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         super().__init__()
-        self._function = function
+        self._kernel = kernel
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self._function(*inputs)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._kernel(*inputs)
 
 
 def _main(text: str) -> None:
     request: dict[str, Any] = json.loads(text)
     fields = request["kernel"]
-    arguments = tuple(Argument(each["dtype"], tuple(each["shape"])) for each in fields["arguments"])
-    constants = tuple((name, value) for name, value in fields["constants"])
-    _compile(Kernel(fields["name"], arguments, constants), Path(request["path"]))
+    kernel = Kernel(
+        tuple(Argument(each["dtype"], tuple(each["shape"])) for each in fields["arguments"]),
+        tuple(
+            KernelCall(
+                each["function"], tuple(each["inputs"]), tuple((name, value) for name, value in each["constants"])
+            )
+            for each in fields["calls"]
+        ),
+        tuple(fields["outputs"]),
+    )
+    _compile(kernel, Path(request["path"]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels import packed
 from engine.kernels.reference import LARGEST_CACHED
+
+# Neighbouring ids whose maximum is found before its place.
+_CHUNK = 64
+
+
+def add(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of two tensors of one shape."""
+    return first + second
+
+
+def linear(input_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """[T, I] -> [T, O], with a weight that was packed; see `engine.kernels.packed`."""
+    output_TO: Tensor = packed.linear(input_TI, packed_OI, bias_O)
+    return output_TO
 
 
 def rms_norm(hidden_TE: Tensor, weight_E: Tensor, *, epsilon: float) -> Tensor:
@@ -27,7 +42,7 @@ def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
 
 
 def rotate_and_write(
-    qkv_TF: Tensor, positions_T: Tensor, slots_T: Tensor, table_Md: Tensor, keys: Tensor, values: Tensor
+    qkv_TF: Tensor, positions_T: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor, table_Md: Tensor
 ) -> Tensor:
     """Rotated queries [T, H, d]; rotated keys and the values go to their slots of the cache, in place."""
     query_THd, key_TKd, value_TKd = _split(qkv_TF, keys)
@@ -40,9 +55,9 @@ def normalise_rotate_and_write(
     qkv_TF: Tensor,
     positions_T: Tensor,
     slots_T: Tensor,
-    table_Md: Tensor,
     keys: Tensor,
     values: Tensor,
+    table_Md: Tensor,
     query_weight_d: Tensor,
     key_weight_d: Tensor,
     *,
@@ -60,19 +75,43 @@ def normalise_rotate_and_write(
 def decode_attention(
     query_DHd: Tensor, keys: Tensor, values: Tensor, block_tables_DB: Tensor, lengths_D: Tensor, *, scale: float
 ) -> Tensor:
-    """As `reference.decode_attention` without a window: [D, H, d]. Tiles are read where they lie."""
+    """As `reference.decode_attention` without a window: [D, H, d]. Tiles are read where they lie.
+
+    The heads of a group, and parts of a head, are sums of their own with the same bounds, which the compiler computes
+    in one loop: it then reads a key or value once for all of them, and adds to several registers in turn.
+    """
     num_kv_heads, block_size, head_dim = keys.shape[1:]
     num_sequences, num_heads = query_DHd.shape[:2]
+    group_size = num_heads // num_kv_heads
     wide = torch.float64 if keys.dtype is torch.float64 else torch.float32
-    query = query_DHd.view(num_sequences, 1, num_kv_heads, num_heads // num_kv_heads, 1, head_dim).to(wide) * scale
-    scores_DBKGS = (query * keys[block_tables_DB][:, :, :, None].to(wide)).sum(-1)
+    query_D1KG1d = query_DHd.view(num_sequences, 1, num_kv_heads, group_size, 1, head_dim).to(wide) * scale
     positions_BS = torch.arange(block_tables_DB.shape[1] * block_size, device=keys.device).view(-1, block_size)
-    visible_DBS = positions_BS < lengths_D[:, None, None]
-    scores_DBKGS = scores_DBKGS.where(visible_DBS[:, :, None, None], float("-inf"))
-    weights_DBKGS = (scores_DBKGS - scores_DBKGS.amax((1, 4), keepdim=True)).exp()
-    total_DKG1 = weights_DBKGS.sum((1, 4))[..., None]
-    output_DKGd = (weights_DBKGS[..., None] * values[block_tables_DB][:, :, :, None].to(wide)).sum((1, 4))
-    return (output_DKGd / total_DKG1).view_as(query_DHd).to(query_DHd.dtype)
+    visible_DB1S = (positions_BS < lengths_D[:, None, None])[:, :, None]
+    keys_DBKSd, values_DBKSd = keys[block_tables_DB].to(wide), values[block_tables_DB].to(wide)
+    width = head_dim // _num_parts(head_dim, group_size)
+    outputs: list[Tensor] = []
+    for head in range(group_size):
+        scores_DBKS = (query_D1KG1d[:, :, :, head] * keys_DBKSd).sum(-1).where(visible_DB1S, float("-inf"))
+        weights_DBKS = (scores_DBKS - scores_DBKS.amax((1, 3), keepdim=True)).exp()
+        parts = [(weights_DBKS[..., None] * part).sum((1, 3)) for part in torch.split(values_DBKSd, width, dim=-1)]
+        outputs.append(torch.cat(parts, dim=-1) / weights_DBKS.sum((1, 3))[..., None])
+    return torch.stack(outputs, dim=2).view_as(query_DHd).to(query_DHd.dtype)
+
+
+def _num_parts(head_dim: int, group_size: int) -> int:
+    """How many parts of a head are summed side by side: of 32 elements, and no more sums than registers hold."""
+    fits = (parts for parts in (4, 2) if head_dim % (32 * parts) == 0 and group_size * parts <= 8)
+    return next(fits, 1)
+
+
+def best_token_ids(logits_TV: Tensor) -> Tensor:
+    """As `engine.sampler.best_token_ids`: [T] int64."""
+    if logits_TV.shape[1] % _CHUNK:
+        return logits_TV.float().argmax(-1)
+    chunks_TNC = logits_TV.float().view(logits_TV.shape[0], -1, _CHUNK)
+    chunk_T = chunks_TNC.amax(-1).argmax(-1)
+    rows_T = torch.arange(logits_TV.shape[0], device=logits_TV.device)
+    return chunk_T * _CHUNK + chunks_TNC[rows_T, chunk_T].argmax(-1)
 
 
 def rotate(input_TNd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:

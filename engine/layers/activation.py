@@ -4,7 +4,7 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.kernels import fused
-from engine.kernels.compiled import Argument, Kernel
+from engine.kernels.kernel import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
 
@@ -21,12 +21,12 @@ class SiluAndMul(Operation):
     def forward(self, gate_up_TF: Tensor) -> Tensor:
         """[T, 2 F] -> [T, F]."""
         if self.compiled is not None:
-            return self.compiled(gate_up_TF)
+            return self.compiled(gate_up_TF)[0]
         return fused.silu_and_mul(gate_up_TF)
 
     def kernel(self, dtype: str, block_size: int) -> Kernel | None:
         """See `Operation`."""
-        return Kernel("silu_and_mul", (Argument(dtype, ("T", 2 * self.width)),))
+        return Kernel.of("silu_and_mul", (Argument(dtype, ("T", 2 * self.width)),))
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Reads 2 F columns and writes F; exponential, addition, division and two products for each result."""

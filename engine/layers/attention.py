@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.kernels import reference
-from engine.kernels.compiled import Argument, Kernel
 from engine.kernels.fused import rotate
+from engine.kernels.kernel import Argument, Kernel
+from engine.kernels.prefill import PrefillPlan, prefill_attention
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryTable
 from engine.model_config import ModelConfig
@@ -41,9 +42,7 @@ class RotaryAndKVWrite(Operation):
     def forward(self, qkv_TF: Tensor, step: StepInputs) -> Tensor:
         """[T, F] -> rotated queries [T, H, d]."""
         if self.compiled is not None:
-            norms = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
-            keys, values = step.kv_cache.layer(self.layer)
-            return self.compiled(qkv_TF, step.positions, step.slots, self.rotary.table_Md, keys, values, *norms)
+            return self.compiled(qkv_TF, *self.step_tensors(step), *self.weights())[0]
         heads_TNd = qkv_TF.view(qkv_TF.shape[0], -1, self.head_dim)
         query_THd, key_value_TKd = heads_TNd.tensor_split((self.num_heads,), dim=1)
         key_TKd, value_TKd = key_value_TKd.chunk(2, dim=1)
@@ -60,12 +59,21 @@ class RotaryAndKVWrite(Operation):
         angles = Argument(str(self.rotary.table_Md.dtype).removeprefix("torch."), ("M", self.head_dim))
         cache = Argument(dtype, ("N", self.num_kv_heads, block_size, self.head_dim))
         numbers = Argument("int64", ("T",))
-        arguments = (Argument(dtype, ("T", width)), numbers, numbers, angles, cache, cache)
+        arguments = (Argument(dtype, ("T", width)), numbers, numbers, cache, cache, angles)
         if self.q_norm is None:
-            return Kernel("rotate_and_write", arguments)
+            return Kernel.of("rotate_and_write", arguments)
         weight = Argument(dtype, (self.head_dim,))
         constants = (("epsilon", self.q_norm.epsilon),)
-        return Kernel("normalise_rotate_and_write", (*arguments, weight, weight), constants)
+        return Kernel.of("normalise_rotate_and_write", (*arguments, weight, weight), constants)
+
+    def step_tensors(self, step: StepInputs) -> tuple[Tensor, ...]:
+        """See `Operation`."""
+        return step.positions, step.slots, *step.kv_cache.layer(self.layer)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """See `Operation`; the angles count as weights."""
+        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return self.rotary.table_Md, *norms
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Every fused column is read and written once, a token's angles are read once."""
@@ -104,7 +112,7 @@ class DecodeAttention(Operation):
             return query_DHd.flatten(1)
         keys, values = step.kv_cache.layer(self.layer)
         if self.compiled is not None:
-            return self.compiled(query_DHd, keys, values, step.decode_block_tables, step.decode_lengths).flatten(1)
+            return self.compiled(query_DHd, *self.step_tensors(step))[0].flatten(1)
         output_DHd = reference.decode_attention(
             query_DHd,
             keys,
@@ -125,7 +133,11 @@ class DecodeAttention(Operation):
         cache = Argument(dtype, ("N", num_kv_heads, block_size, self.head_dim))
         query = Argument(dtype, ("D", num_heads, self.head_dim))
         arguments = (query, cache, cache, Argument("int64", ("D", "B")), Argument("int64", ("D",)))
-        return Kernel("decode_attention", arguments, (("scale", self.scale),))
+        return Kernel.of("decode_attention", arguments, (("scale", self.scale),))
+
+    def step_tensors(self, step: StepInputs) -> tuple[Tensor, ...]:
+        """See `Operation`."""
+        return *step.kv_cache.layer(self.layer), step.decode_block_tables, step.decode_lengths
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """A decode meets every key and value of its context, which nobody else reads: memory is what it costs."""
@@ -158,6 +170,9 @@ class PrefillAttention(Operation):
         if query_QHd.shape[0] == 0:
             return query_QHd.flatten(1)
         keys, values = step.kv_cache.layer(self.layer)
+        if not keys.is_cuda:
+            plan = self._plan(query_QHd, keys, step)
+            return prefill_attention(query_QHd, keys, values, plan, self.scale).flatten(1)
         output_QHd = reference.prefill_attention(
             query_QHd,
             keys,
@@ -169,6 +184,22 @@ class PrefillAttention(Operation):
             self.window,
         )
         return output_QHd.flatten(1)
+
+    def _plan(self, query_QHd: Tensor, keys: Tensor, step: StepInputs) -> PrefillPlan:
+        """The one of all layers with this window."""
+        plan = step.prefill_plans.get(self.window)
+        if plan is None:
+            plan = step.prefill_plans[self.window] = PrefillPlan.of(
+                step.prefill_block_tables,
+                step.prefill_chunk_sizes,
+                step.prefill_context_lengths,
+                num_kv_heads=keys.shape[1],
+                num_heads=query_QHd.shape[1],
+                head_dim=query_QHd.shape[2],
+                block_size=keys.shape[2],
+                window=self.window,
+            )
+        return plan
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Every token meets its context; what is cached is read once a chunk.

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.batch_shape import BatchShape
+from engine.kernels.compiled import CompiledKernel
+from engine.kernels.kernel import Argument, Kernel
 from engine.layers.collective import AllGather, AllReduce
 from engine.layers.linear import ColumnParallelLinear
 from engine.operation import Operation, Resource, Work
@@ -65,12 +67,18 @@ class VocabParallelHead(nn.Module):
         num_rows = -(-vocab_size // tensor_parallel.size)
         self.shard = ColumnParallelLinear(hidden_size, num_rows * tensor_parallel.size, tensor_parallel)
         self.all_gather = AllGather(tensor_parallel, num_rows * tensor_parallel.size)
+        # Finds the best token of every row of logits, where a rank has compiled it.
+        self.best: CompiledKernel | None = None
+
+    def best_kernel(self, dtype: str) -> Kernel:
+        """What `best` would be compiled from."""
+        return Kernel.of("best_token_ids", (Argument(dtype, ("T", self.vocab_size)),))
 
     def forward(self, hidden_KE: Tensor) -> Tensor:
         """[K, E] -> [K, V]."""
-        return self.join(self.shard(hidden_KE))
+        return self.join(self.shard(hidden_KE)).float()
 
     def join(self, shard_KR: Tensor) -> Tensor:
-        """Logits of this rank's rows [K, R] -> [K, V]."""
+        """Logits of this rank's rows [K, R] -> [K, V], in the model's dtype."""
         logits_KV: Tensor = self.all_gather(shard_KR)
-        return logits_KV[:, : self.vocab_size].float()
+        return logits_KV if logits_KV.shape[1] == self.vocab_size else logits_KV[:, : self.vocab_size]

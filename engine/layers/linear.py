@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from engine.batch_shape import BatchShape
 from engine.kernels import packed
+from engine.kernels.kernel import Argument, Kernel
 from engine.model_config import ModelConfig
 from engine.operation import Operation, Resource, Work
 from engine.tensor_parallel import TensorParallel
@@ -43,7 +44,7 @@ class Linear(Operation):
     def forward(self, input_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         if self.weight.is_mkldnn:
-            return packed.linear(input_TI, self.weight, self.bias)
+            return packed.product(input_TI, self.weight, self.bias)
         return functional.linear(input_TI, self.weight, self.bias)
 
     def into(self, output_TO: Tensor, input_TI: Tensor) -> None:  # type: ignore[override]
@@ -54,6 +55,17 @@ class Linear(Operation):
             torch.mm(input_TI, self.weight.t(), out=output_TO)
         else:
             torch.addmm(self.bias, input_TI, self.weight.t(), out=output_TO)
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`; a weight that was not packed has none."""
+        if not self.weight.is_mkldnn:
+            return None
+        weights = (Argument(dtype, tuple(weight.shape)) for weight in self.weights())
+        return Kernel.of("linear", (Argument(dtype, ("T", self.weight.shape[1])), *weights))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """See `Operation`."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """2 I O operations a token; weight, input and output each cross the memory once."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from engine.batch_shape import BatchShape
 from engine.kernels import fused
-from engine.kernels.compiled import Argument, Kernel
+from engine.kernels.kernel import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
 
@@ -26,14 +26,18 @@ class RMSNorm(Operation):
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """[..., E] -> [..., E]."""
         if self.compiled is not None:
-            return self.compiled(hidden_TE, self.weight)
+            return self.compiled(hidden_TE, self.weight)[0]
         return fused.rms_norm(hidden_TE, self.weight, epsilon=self.epsilon)
 
     def kernel(self, dtype: str, block_size: int) -> Kernel | None:
         """See `Operation`."""
         size = self.weight.numel()
         arguments = (Argument(dtype, ("T", size)), Argument(dtype, (size,)))
-        return Kernel("rms_norm", arguments, (("epsilon", self.epsilon),))
+        return Kernel.of("rms_norm", arguments, (("epsilon", self.epsilon),))
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """See `Operation`."""
+        return (self.weight,)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """One vector of E a token, read and written; a square, a sum and two products for each element."""

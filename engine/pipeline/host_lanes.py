@@ -21,6 +21,8 @@ from engine.pipeline.values import Values
 class HostLanes:
     """Runs issues in their order. One object serves one rank; its steps do not overlap."""
 
+    runs_plainly = True
+
     def __init__(self, *, overlaps: bool) -> None:
         self._overlaps = overlaps
 

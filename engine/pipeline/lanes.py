@@ -19,6 +19,11 @@ from engine.pipeline.values import Values
 class Lanes(Protocol):
     """Runs the layers of one rank; a step is begun after the one before was begun, from the same thread."""
 
+    @property
+    def runs_plainly(self) -> bool:
+        """Whether the sequential schedule is better run by `plain_run`."""
+        ...
+
     def begin(
         self,
         collective: CollectiveOperation,

@@ -17,12 +17,12 @@ from engine.operation import Resource
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.layer_program import BoundNode, LayerProgram, shared_places
 from engine.pipeline.nano_batch import Cut, NanoBatch
+from engine.pipeline.plain_run import compute
 from engine.pipeline.step_parts import StepParts
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_step
 from engine.pipeline.timer import Load
-from engine.pipeline.tracer import TracedLayer
-from engine.pipeline.values import Values, probe
+from engine.pipeline.values import Values
 from engine.tensor_parallel import Collective
 
 
@@ -33,10 +33,10 @@ class LayerBench:
     """
 
     def __init__(
-        self, traced: TracedLayer, config: EngineConfig, cache: KVCache, shape: BatchShape, names: Collection[str]
+        self, program: LayerProgram, config: EngineConfig, cache: KVCache, shape: BatchShape, names: Collection[str]
     ) -> None:
+        traced = program.traced
         device = cache.keys[0].device
-        program = LayerProgram.of(traced)
         self._nodes = program.nodes
         self._stopwatch = Stopwatch()
         parts = StepParts(
@@ -46,7 +46,9 @@ class LayerBench:
         num_tokens = int(shape.num_tokens)
         initial = torch.randn(num_tokens, traced.hidden_size, dtype=cache.keys[0].dtype, device=device)
         needed = [program.nodes[name] for name in _closure(traced.graph, names)]
-        probed = probe(needed, parts, initial)
+        probed = {LAYER_INPUT: initial}
+        for bound in needed:
+            compute(bound, probed, parts.whole, self._stopwatch)
         in_place, joined = shared_places(traced)
         owners = {**joined, **in_place}
         places: dict[str, list[Tensor]] = {}

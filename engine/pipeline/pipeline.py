@@ -6,26 +6,30 @@ once per schedule. Layers whose graph the schedule was not made for run one oper
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor
 
+from engine.kernels.compiled import CompiledKernels
+from engine.kernels.kernel import Kernel
 from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.buffers import plan_buffers
 from engine.pipeline.dispatch import Dispatch, dispatch_order, nano_batches_as_begun
 from engine.pipeline.flight import Flight
-from engine.pipeline.graph import OperationGraph
+from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.layer_program import LayerProgram, shared_places
 from engine.pipeline.nano_batch import Cut
+from engine.pipeline.plain_run import compute, run_layers
+from engine.pipeline.product_share import ProductShare
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.sequential import sequential_schedule
 from engine.pipeline.step_parts import StepParts
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.pipeline.tracer import TracedLayer, trace_layer
-from engine.pipeline.values import Values, probe
+from engine.pipeline.values import Values
 from engine.pipeline.verify import verify
 from engine.step_inputs import StepInputs
 
@@ -62,6 +66,28 @@ class Pipeline:
         return self.traced.graph
 
     @property
+    def program(self) -> LayerProgram:
+        """The first of the layers that schedules are made for."""
+        return next(program for program in self.programs if program.graph.signature == self.graph.signature)
+
+    @property
+    def programs(self) -> list[LayerProgram]:
+        """All layers in order."""
+        return [program for run in self._runs for program in run.programs]
+
+    def kernels(self, dtype: str, block_size: int) -> list[Kernel]:
+        """What can be compiled for these layers, on a CPU; see `engine.pipeline.chain`."""
+        return [kernel for program in self.programs for kernel in program.kernels(dtype, block_size)]
+
+    def use(self, kernels: CompiledKernels, dtype: str, block_size: int) -> None:
+        """Compute with those kernels that there are, from the next step on."""
+        known: dict[Kernel, ProductShare | None] = {}
+        self._runs = [
+            replace(run, programs=tuple(each.compiled(kernels, dtype, block_size, known) for each in run.programs))
+            for run in self._runs
+        ]
+
+    @property
     def sequential(self) -> Schedule:
         """One nano-batch, one operation after the other; fits every batch."""
         return self._sequential[self.graph.signature]
@@ -78,16 +104,22 @@ class Pipeline:
         hidden_TE: Tensor = self._embedding.shard(parts.whole)
         stopwatch.spent(Cost.OTHER, started)
         arriving = lanes.begin(self._embedding.all_reduce, hidden_TE, self._pieces(schedule, cut), stopwatch)
+        if lanes.runs_plainly and schedule == self.sequential:
+            if arriving is not None:
+                arriving.land(stopwatch)
+            self._learn(parts.whole, hidden_TE)
+            for run in self._runs:
+                hidden_TE = run_layers(run.programs, hidden_TE, parts.whole, stopwatch)
+            return hidden_TE
+        if not self._rows and arriving is not None:
+            arriving.land(stopwatch)
+            arriving = None
+        self._learn(parts.whole, hidden_TE)
         for run in self._runs:
             if run is not self._runs[0]:
                 hidden_TE, arriving = hidden_TE.clone(), None  # it lies where these layers may write
             plan = self._plan_of(run, schedule)
             ranges = _ranges(plan, cut) if plan is schedule else [(0, cut.num_tokens) for _ in plan.steps]
-            if run.traced.graph.signature not in self._rows:
-                if arriving is not None:
-                    arriving.land(stopwatch)
-                    arriving = None
-                self._rows[run.traced.graph.signature] = _learned(run, parts, hidden_TE)
             values = self._values(run, plan, parts, hidden_TE, arriving)
             lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
             hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
@@ -125,6 +157,16 @@ class Pipeline:
         """Memory held for the values between operations."""
         return self._arena.num_bytes
 
+    def _learn(self, step: StepInputs, hidden_TE: Tensor) -> None:
+        """The shapes of all values, once, from computing a layer of every kind plainly; collectives keep theirs."""
+        for run in self._runs:
+            graph = run.traced.graph
+            if graph.signature not in self._rows:
+                values = {LAYER_INPUT: hidden_TE}
+                for bound in run.programs[0].nodes.values():
+                    compute(bound, values, step, Stopwatch())
+                self._rows[graph.signature] = RowShapes.of({value: values[value] for value in graph.producers})
+
     def _order_of(self, run: _Run, schedule: Schedule) -> Sequence[Dispatch]:
         key = (schedule, run.traced.graph.signature, len(run.programs))
         if key not in self._orders:
@@ -152,12 +194,6 @@ class Pipeline:
         rows = self._rows[graph.signature]
         places = self._arena.places(schedule, run.traced, len(run.programs), rows, len(initial), initial.device)
         return Values(places, graph, parts, initial, arriving)
-
-
-def _learned(run: _Run, parts: StepParts, initial: Tensor) -> RowShapes:
-    """The shapes of a run's values, from running its first layer once, plainly."""
-    values = probe(tuple(run.programs[0].nodes.values()), parts, initial)
-    return RowShapes.of({value: values[value] for value in run.traced.graph.producers})
 
 
 def _ranges(schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:

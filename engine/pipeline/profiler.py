@@ -27,12 +27,12 @@ from engine.pipeline.cost_model import Mode
 from engine.pipeline.fingerprint import Fingerprint, differences
 from engine.pipeline.graph import Node
 from engine.pipeline.layer_bench import LayerBench
+from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.profile import Interference, NodeProfile, Profile, Sample
 from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
 from engine.pipeline.schedule import ALL_UNITS
 from engine.pipeline.synthetic_step import synthetic_cache
 from engine.pipeline.timer import CudaTimer, HostTimer, Load, Timer
-from engine.pipeline.tracer import TracedLayer
 from engine.tensor_parallel import TensorParallel
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Profiler:
 
     def __init__(
         self,
-        traced: TracedLayer,
+        program: LayerProgram,
         config: EngineConfig,
         tensor_parallel: TensorParallel,
         device: torch.device,
@@ -83,7 +83,7 @@ class Profiler:
         grid: ProfileGrid = QUICK,
         unit_streams: Mapping[int, torch.cuda.Stream] | None = None,
     ) -> None:
-        self._traced = traced
+        self._program, self._traced = program, program.traced
         self._config = config
         self._device = device
         self._grid = grid
@@ -96,7 +96,7 @@ class Profiler:
             fingerprint=dict(fingerprint),
             source=f"measured on {fingerprint.get('device', device.type)}, {tensor_parallel.size} rank(s), {grid.name}",
             element_bytes=config.dtype.num_bytes,
-            layer=traced.graph.signature,
+            layer=program.graph.signature,
         )
 
     @torch.inference_mode()
@@ -238,7 +238,7 @@ class Profiler:
         else:
             key, names = (shape, node.name), [node.name]
         if key not in self._benches:
-            self._benches[key] = LayerBench(self._traced, self._config, self._cache, key[0], names)
+            self._benches[key] = LayerBench(self._program, self._config, self._cache, key[0], names)
         return self._benches[key].load(node.name, int(shape.num_tokens))
 
     @cached_property

@@ -154,7 +154,7 @@ class Selector:
     def profile(self, grid: ProfileGrid) -> Profile:
         """What `nanoserve profile` measured for this setup, if it did; else measure the layer on all ranks."""
         profiler = Profiler(
-            self._pipeline.traced, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
+            self._pipeline.program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
         )
         finished = profiler.finished(self._store.profile_path(self._fingerprint))
         if finished is not None:

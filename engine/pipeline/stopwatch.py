@@ -41,6 +41,13 @@ class Stopwatch:
         self.seconds[cost] += now - started
         return now
 
+    def spent_with_product(self, share: float, started: float) -> float:
+        """As `spent`, for calls in one: `share` of the time is a matrix product's, the rest belongs to none."""
+        now = time.perf_counter()
+        self.seconds[Cost.GEMM] += share * (now - started)
+        self.seconds[Cost.OTHER] += (1 - share) * (now - started)
+        return now
+
     def flown(self, started: float, ended: float) -> None:
         """A collective was in flight; those in flight together count once."""
         self._flights.append((started, ended))

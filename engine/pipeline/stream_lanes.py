@@ -40,6 +40,8 @@ class StreamLanes:
     Every `run` may be launched before the one before has ended: it begins, on the device, after that one's join.
     """
 
+    runs_plainly = False  # captured graphs want values in places that stay
+
     def __init__(self, device: torch.device, *, overlaps: bool) -> None:
         self._device = device
         self._sides: dict[Lane, torch.cuda.Stream] = {}

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.operation import TokenKind
+from engine.pipeline.chain import BoundCall, Chain
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
-from engine.pipeline.layer_program import BoundCall, BoundNode
-from engine.pipeline.step_parts import StepParts
+from engine.pipeline.layer_program import BoundNode
+from engine.pipeline.step_parts import Rows, StepParts
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.tracer import STEP_INPUTS
 
@@ -63,23 +63,30 @@ class Values:
         self.arrive(start, stop, stopwatch)
         local: dict[str, Tensor] = {}
         now = time.perf_counter()
-        for call in bound.calls:
-            if call.operation is not None and call.operation.is_join:
-                local[call.name] = self.of_layer(call.inputs[0], layer)[start:stop]  # where all of them lie
-                continue
-            inputs = [
-                self._parts.part(start, stop, kind)
-                if value == STEP_INPUTS
-                else local[value]
-                if value in local
-                else _read(self.of_layer(value, layer), rows)
-                for value in call.inputs
-            ]
-            if call.is_local:
-                local[call.name] = _compute(call, inputs)
-            else:
-                local[call.name] = _write(call, inputs, self.of_layer(call.name, layer), rows)
-            now = stopwatch.spent(call.cost, now)
+        for piece in bound.pieces:
+            if isinstance(piece, BoundCall) and piece.operation is not None:
+                if piece.operation.is_join:
+                    local[piece.name] = self.of_layer(piece.inputs[0], layer)[start:stop]  # where all of them lie
+                    continue
+                if len(rows) == 1 and piece.name in bound.node.outputs:
+                    local[piece.name] = target = self.of_layer(piece.name, layer)[slice(*rows[0])]
+                    inputs: list[object] = [*self._inputs(piece, local, layer, rows)]
+                    if STEP_INPUTS in piece.inputs:
+                        inputs.append(self._parts.part(start, stop, kind))
+                    piece.operation.into(target, *inputs)
+                    now = stopwatch.spent(piece.cost, now)
+                    continue
+            results = piece.compute(self._inputs(piece, local, layer, rows), self._parts.part(start, stop, kind))
+            for name, result in zip(piece.outputs, results, strict=True):
+                local[name] = result
+                if name in bound.node.outputs:
+                    _deal(result, self.of_layer(name, layer), rows)
+            now = piece.book(now, len(results[0]), stopwatch)
+
+    def _inputs(
+        self, piece: BoundCall | Chain, local: Mapping[str, Tensor], layer: int, rows: Sequence[Rows]
+    ) -> list[Tensor]:
+        return [local[value] if value in local else _read(self.of_layer(value, layer), rows) for value in piece.values]
 
     def network_tensors(self, bound: BoundNode, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Output and input of a collective for a range."""
@@ -88,51 +95,13 @@ class Values:
         return self.of_layer(call.name, layer)[start:stop], source
 
 
-def _read(values: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+def _read(values: Tensor, rows: Sequence[Rows]) -> Tensor:
     if len(rows) == 1:
         return values[rows[0][0] : rows[0][1]]
     return torch.cat([values[start:stop] for start, stop in rows])
 
 
-def _compute(call: BoundCall, inputs: Sequence[object]) -> Tensor:
-    if call.operation is None:
-        first, second = inputs
-        assert isinstance(first, Tensor) and isinstance(second, Tensor)
-        return first + second
-    result: Tensor = call.operation(*inputs)
-    return result
-
-
-def _write(call: BoundCall, inputs: Sequence[object], values: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """Compute into the rows of a buffer; a range of several pieces is computed beside it and dealt out."""
-    if len(rows) > 1:
-        result = _compute(call, inputs)
-        pieces = torch.split(result, [stop - start for start, stop in rows])
-        for (start, stop), piece in zip(rows, pieces, strict=True):
-            values[start:stop] = piece
-        return result
-    target = values[rows[0][0] : rows[0][1]]
-    if call.operation is None:
-        torch.add(*inputs, out=target)  # type: ignore[call-overload]
-    else:
-        call.operation.into(target, *inputs)
-    return target
-
-
-def probe(bound_nodes: Sequence[BoundNode], parts: StepParts, initial: Tensor) -> dict[str, Tensor]:
-    """Run one layer plainly on the whole step and return its values between nodes, for their shapes and dtypes."""
-    found: dict[str, Tensor] = {LAYER_INPUT: initial}
-    num_tokens = len(initial)
-    for bound in bound_nodes:
-        kind = bound.node.tokens
-        rows = parts.rows(0, num_tokens, kind)
-        for call in bound.calls:
-            inputs: list[object] = []
-            for value in call.inputs:
-                if value == STEP_INPUTS:
-                    inputs.append(parts.part(0, num_tokens, kind))
-                else:
-                    is_outside = value not in {other.name for other in bound.calls} and kind is not TokenKind.ALL
-                    inputs.append(_read(found[value], rows) if is_outside else found[value])
-            found[call.name] = _compute(call, inputs)
-    return found
+def _deal(result: Tensor, values: Tensor, rows: Sequence[Rows]) -> None:
+    """Put the rows of a result where they belong."""
+    for (start, stop), piece in zip(rows, torch.split(result, [stop - start for start, stop in rows]), strict=True):
+        values[start:stop] = piece

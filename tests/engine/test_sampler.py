@@ -321,6 +321,67 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     torch.testing.assert_close(drawn.top_logprobs, expected.values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [6400, 6464, 6401])
+def test_best_tokens_of_any_precision_are_the_lowest_of_equal_ones(dtype: torch.dtype, vocab_size: int) -> None:
+    """Narrow logits tie often, and many rows are looked at some at a time."""
+    scores = torch.randn(400, vocab_size, generator=torch.Generator().manual_seed(5)).to(dtype)
+    scores[7] = -torch.inf
+    drawn, _ = draw(scores, [SamplingParams(temperature=0)] * len(scores))
+    assert torch.equal(drawn.token_ids, scores.float().sort(descending=True, stable=True).indices[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_drawn_from_as_their_float32_values(dtype: torch.dtype) -> None:
+    logits = torch.randn(len(MIXED), 64, generator=torch.Generator().manual_seed(6)).to(dtype)
+    histories = [[1, 2, 3, 2]] * len(MIXED)
+    narrow, _ = draw(logits, MIXED, histories=histories)
+    wide, _ = draw(logits.float(), MIXED, histories=histories)
+    assert torch.equal(narrow.token_ids, wide.token_ids)
+
+
+def test_plans_of_the_same_rows_differ_in_what_depends_on_the_position() -> None:
+    """Step after step, the plan is the one that a table would make which has never seen these rows before."""
+
+    def table() -> SamplingTable:
+        table = SamplingTable(len(MIXED), 50, frozenset({EOS}))
+        for row, sampling in enumerate(MIXED):
+            table.admit(row, sampling, 2)
+        return table
+
+    kept = table()
+    some = np.arange(0, len(MIXED), 2)
+    for rows, start in (
+        (np.arange(len(MIXED)), 3),
+        (np.arange(len(MIXED)), 4),
+        (some, 5),
+        (some, 30),
+        (some[::-1], 31),
+    ):
+        positions = start + rows
+        for with_logprobs in (True, False):
+            plan, fresh = (each.plan(rows, positions, with_logprobs) for each in (kept, table()))
+            assert list(plan.arrays) == list(fresh.arrays)
+            assert all(np.array_equal(plan.arrays[name], fresh.arrays[name]) for name in fresh.arrays)
+            assert plan.history_width == fresh.history_width
+            assert np.array_equal(plan.logprobs_indices, fresh.logprobs_indices)
+            for name in ("plain", "filtered", "penalised"):
+                expected = positions[plan.arrays[f"{name}_index"].astype(np.int64)]
+                assert np.array_equal(plan.arrays[f"{name}_position"], expected)
+    kept.admit(0, SamplingParams(temperature=0), 2)
+    assert 0 not in kept.plan(some, some, False).arrays["plain_index"]
+
+
+def test_staged_arrays_keep_their_values_and_types_and_one_of_two_names_travels_once() -> None:
+    numbers, fractions = np.array([3, -1]), np.array([0.5, 2.0, -1.0])
+    staged = stage({"a": numbers, "b": fractions, "same": numbers, "nothing": np.empty(0, np.int64)}, CPU)
+    assert staged["a"].tolist() == staged["same"].tolist() == [3, -1]
+    assert staged["a"].data_ptr() == staged["same"].data_ptr()
+    assert staged["b"].tolist() == [0.5, 2.0, -1.0]
+    assert len(staged["nothing"]) == 0
+    assert stage({}, CPU) == {}
+
+
 def test_a_row_forgets_its_former_parameters() -> None:
     table = SamplingTable(1, 50, frozenset({EOS}))
     rows, positions = np.zeros(1, np.int64), np.array([3])

@@ -45,7 +45,7 @@ def test_queries_are_rotated_and_keys_written_as_by_separate_operations(
     angles = table_Md[positions_T][:, None].chunk(2, dim=-1)
     reference.write_kv(fused.rotate(key, *angles), value, slots_T, *caches[:2])
 
-    inputs = (qkv_TF, positions_T, slots_T, table_Md, *caches[2:])
+    inputs = (qkv_TF, positions_T, slots_T, *caches[2:], table_Md)
     rotated = (
         fused.normalise_rotate_and_write(*inputs, *weights, epsilon=1e-5)
         if is_normalised

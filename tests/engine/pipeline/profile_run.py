@@ -10,6 +10,7 @@ from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.pipeline.fingerprint import fingerprint_of
+from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.profile import Profile
 from engine.pipeline.profiler import ProfileGrid, Profiler
 from engine.pipeline.tracer import TracedLayer, trace_layer
@@ -46,7 +47,7 @@ def traced_layer(config: EngineConfig, tensor_parallel: TensorParallel) -> Trace
 def profiler_of(traced: TracedLayer, config: EngineConfig, tensor_parallel: TensorParallel) -> Profiler:
     """A profiler with the tiny grid."""
     fingerprint = fingerprint_of(config, traced.graph.signature, tensor_parallel)
-    return Profiler(traced, config, tensor_parallel, torch.device("cpu"), fingerprint, GRID)
+    return Profiler(LayerProgram.of(traced), config, tensor_parallel, torch.device("cpu"), fingerprint, GRID)
 
 
 def profile_rank(rank: int, size: int, checkpoint: Path, output: Path) -> None:

@@ -65,8 +65,10 @@ def test_what_was_reserved_is_enough(loaded: tuple[Decoder, EngineConfig]) -> No
 def test_what_is_there_already_is_kept(loaded: tuple[Decoder, EngineConfig]) -> None:
     model, config = loaded
     pipeline = Pipeline(model, config.model.hidden_size)
-    compare_loaded(model, pipeline, config, MANY, str(pipeline.sequential), HostLanes(overlaps=False))
+    halves = sequential(pipeline.graph, NanoBatch(2, 18), NanoBatch(2, 18))
+    compare_loaded(model, pipeline, config, MANY, str(halves), HostLanes(overlaps=False))
     before = pipeline.arena_bytes
+    assert before > 0
     pipeline.reserve([], 10 * NUM_TOKENS)
-    pipeline.reserve([pipeline.sequential], NUM_TOKENS // 2)
+    pipeline.reserve([halves], NUM_TOKENS // 2)
     assert pipeline.arena_bytes == before

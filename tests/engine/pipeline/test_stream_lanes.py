@@ -241,6 +241,8 @@ def test_each_device_has_its_lanes() -> None:
 class _SettledLanes:
     """`StreamLanes` whose work, real on the CPU, runs in a random order that streams and events allow."""
 
+    runs_plainly = False
+
     def __init__(self, cuda: DeferredCuda, seed: int) -> None:
         self._cuda = cuda
         self._random = random.Random(seed)
