@@ -8,11 +8,11 @@ so that the next step is launched while the last one computes.
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.batch import Batch, StepOutput
-from engine.config import EngineConfig
+from engine.config import DeviceKind, EngineConfig
 from engine.errors import ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 
@@ -50,8 +50,10 @@ class InlineExecutor:
             failed: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
             failed.set_exception(self._failure)
             return failed
+        if self._config.device is DeviceKind.CPU:  # a launched step is over: nobody need wait for it
+            return asyncio.wrap_future(self._launches.submit(self._run, batch))
         launched = self._launches.submit(self._launch, batch)
-        return asyncio.wrap_future(self._results.submit(self._wait, batch, launched))
+        return asyncio.wrap_future(self._results.submit(lambda: self._wait(batch, launched.result())))
 
     def measure(self, function: Callable[[EngineConfig], Measured]) -> Measured:
         """The function of the configuration, called on the rank's thread between steps.
@@ -90,8 +92,10 @@ class InlineExecutor:
         except Exception as error:
             raise self._fail(batch, error) from error
 
-    def _wait(self, batch: Batch, launched: "Future[PendingStep]") -> StepOutput:
-        pending = launched.result()
+    def _run(self, batch: Batch) -> StepOutput:
+        return self._wait(batch, self._launch(batch))
+
+    def _wait(self, batch: Batch, pending: "PendingStep") -> StepOutput:
         try:
             return pending.wait()
         except Exception as error:
