@@ -84,14 +84,15 @@ def decode_attention(
     num_sequences, num_heads = query_DHd.shape[:2]
     group_size = num_heads // num_kv_heads
     wide = torch.float64 if keys.dtype is torch.float64 else torch.float32
-    query_D1KG1d = query_DHd.view(num_sequences, 1, num_kv_heads, group_size, 1, head_dim).to(wide) * scale
+    query_D1KG1d = query_DHd.view(num_sequences, 1, num_kv_heads, group_size, 1, head_dim).to(wide)
     positions_BS = torch.arange(block_tables_DB.shape[1] * block_size, device=keys.device).view(-1, block_size)
     visible_DB1S = (positions_BS < lengths_D[:, None, None])[:, :, None]
     keys_DBKSd, values_DBKSd = keys[block_tables_DB].to(wide), values[block_tables_DB].to(wide)
     width = head_dim // _num_parts(head_dim, group_size)
     outputs: list[Tensor] = []
     for head in range(group_size):
-        scores_DBKS = (query_D1KG1d[:, :, :, head] * keys_DBKSd).sum(-1).where(visible_DB1S, float("-inf"))
+        scores_DBKS = (query_D1KG1d[:, :, :, head] * keys_DBKSd).sum(-1) * scale
+        scores_DBKS = scores_DBKS.where(visible_DB1S, float("-inf"))
         weights_DBKS = (scores_DBKS - scores_DBKS.amax((1, 3), keepdim=True)).exp()
         parts = [(weights_DBKS[..., None] * part).sum((1, 3)) for part in torch.split(values_DBKSd, width, dim=-1)]
         outputs.append(torch.cat(parts, dim=-1) / weights_DBKS.sum((1, 3))[..., None])

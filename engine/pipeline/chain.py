@@ -87,9 +87,8 @@ class ChainPlan:
         operations = [call.operation for call in self.calls if call.operation is not None]
         weights = tuple(weight for each in operations for weight in each.weights())
         if compiled.kernel not in known:
-            product = next((call.operation for call in self.calls if call.cost is Cost.GEMM), None)
-            share = None if product is None else ProductShare.measured(compiled, product, weights)
-            known[compiled.kernel] = share
+            products = [call.operation for call in self.calls if call.cost is Cost.GEMM and call.operation is not None]
+            known[compiled.kernel] = ProductShare.measured(compiled, products, weights) if products else None
         return Chain(
             values=_values(self.calls),
             outputs=self.outputs,

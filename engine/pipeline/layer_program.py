@@ -4,8 +4,9 @@ Values that cross nodes lie in buffers of a row per token, in the order of the c
 is cut differently reads one slice. Values inside a node are ordinary tensors. Nothing here knows lanes or time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from engine.kernels.compiled import CompiledKernels
 from engine.kernels.kernel import Kernel
@@ -28,10 +29,13 @@ class BoundNode:
 
 @dataclass(frozen=True)
 class LayerProgram:
-    """A traced layer, ready to be run in pieces."""
+    """A traced layer, ready to be run in pieces; `plain` are the nodes of the sequential schedule in its order, those
+    joined that nothing comes between: they need not be told apart where nothing is cut.
+    """
 
     traced: TracedLayer
     nodes: Mapping[str, BoundNode]
+    plain: tuple[BoundNode, ...]
 
     @classmethod
     def of(cls, traced: TracedLayer) -> "LayerProgram":
@@ -48,7 +52,7 @@ class LayerProgram:
                 for call in node.calls
             )
             nodes[node.name] = BoundNode(node=node, calls=calls, pieces=calls)
-        return cls(traced, nodes)
+        return cls(traced, nodes, tuple(_joined_nodes(traced.graph, nodes)))
 
     @property
     def graph(self) -> OperationGraph:
@@ -57,15 +61,15 @@ class LayerProgram:
 
     def kernels(self, dtype: str, block_size: int) -> list[Kernel]:
         """What would be compiled for it; see `plan_chains`."""
-        plans = (plan for node in self.nodes.values() for plan in self._plans(node, dtype, block_size))
+        plans = (plan for node in self._compilable for plan in self._plans(node, dtype, block_size))
         return [plan.kernel for plan in plans if plan.kernel is not None and _pays(plan)]
 
     def compiled(
         self, kernels: CompiledKernels, dtype: str, block_size: int, known: dict[Kernel, ProductShare | None]
     ) -> "LayerProgram":
         """The same with those kernels that there are; `known` is what was measured of them, for other layers to use."""
-        nodes: dict[str, BoundNode] = {}
-        for name, bound in self.nodes.items():
+        found: dict[str, BoundNode] = {}
+        for bound in self._compilable:
             pieces: list[BoundCall | Chain] = []
             for plan in self._plans(bound, dtype, block_size):
                 loaded = kernels.load(plan.kernel) if plan.kernel is not None and _pays(plan) else None
@@ -78,13 +82,51 @@ class LayerProgram:
                     if call.operation is not None:
                         call.operation.compiled = loaded
                     pieces.append(call)
-            nodes[name] = BoundNode(node=bound.node, calls=bound.calls, pieces=tuple(pieces))
-        return LayerProgram(self.traced, nodes)
+            found[bound.node.name] = BoundNode(node=bound.node, calls=bound.calls, pieces=tuple(pieces))
+        nodes = {name: found.get(name, bound) for name, bound in self.nodes.items()}
+        return LayerProgram(self.traced, nodes, tuple(found[bound.node.name] for bound in self.plain))
+
+    @property
+    def _compilable(self) -> list[BoundNode]:
+        """Plain nodes; where there is a network to overlap with, nodes that a plan places by themselves, too."""
+        has_network = any(node.resource is Resource.NETWORK for node in self.graph.nodes)
+        own = [bound for bound in self.nodes.values() if has_network and bound not in self.plain]
+        return [*self.plain, *own]
 
     def _plans(self, bound: BoundNode, dtype: str, block_size: int) -> Iterator[ChainPlan]:
         outputs = bound.node.outputs
         hidden_size = self.traced.hidden_size
         return plan_chains(bound.calls, outputs, dtype=dtype, block_size=block_size, hidden_size=hidden_size)
+
+
+def _joined_nodes(graph: OperationGraph, nodes: Mapping[str, BoundNode]) -> Iterator[BoundNode]:
+    """The nodes of the sequential schedule; neighbours that compute all tokens are one. Of a collective that can be
+    placed in several ways it has the first.
+    """
+    chosen = [nodes[node.name] for node in graph.nodes if node.branch not in graph.branches[1:]]
+    for _, group in groupby(enumerate(chosen), key=lambda item: -1 if _is_joinable(item[1].node) else item[0]):
+        bounds = [bound for _, bound in group]
+        yield bounds[0] if len(bounds) == 1 else _joined_node(graph, bounds)
+
+
+def _is_joinable(node: Node) -> bool:
+    return node.tokens is TokenKind.ALL and node.resource is not Resource.NETWORK
+
+
+def _joined_node(graph: OperationGraph, bounds: Sequence[BoundNode]) -> BoundNode:
+    members = {bound.node.name for bound in bounds}
+    computed = {value for bound in bounds for value in bound.node.outputs}
+    used = {value for node in graph.nodes if node.name not in members for value in node.inputs} | {graph.output}
+    calls = tuple(call for bound in bounds for call in bound.calls)
+    node = Node(
+        name="+".join(bound.node.name for bound in bounds),
+        calls=tuple(call for bound in bounds for call in bound.node.calls),
+        inputs=tuple(dict.fromkeys(value for bound in bounds for value in bound.node.inputs if value not in computed)),
+        outputs=tuple(value for bound in bounds for value in bound.node.outputs if value in used),
+        resource=Resource.COMPUTE,
+        cache_writes=any(bound.node.cache_writes for bound in bounds),
+    )
+    return BoundNode(node=node, calls=calls, pieces=calls)
 
 
 def shared_places(traced: TracedLayer) -> tuple[Mapping[str, str], Mapping[str, str]]:

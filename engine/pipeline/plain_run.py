@@ -20,30 +20,27 @@ from engine.step_inputs import StepInputs
 
 
 def run_layers(programs: Sequence[LayerProgram], hidden_TE: Tensor, step: StepInputs, stopwatch: Stopwatch) -> Tensor:
-    """Consecutive layers with one graph: [T, E] -> [T, E]; tokens in the order of the batch. May write over its input.
-
-    Of a collective that can be placed in several ways it takes the first.
-    """
+    """Consecutive layers with one graph: [T, E] -> [T, E], in the order of the batch. May write over its input."""
     graph = programs[0].graph
     num_tokens = len(hidden_TE)
     absent = {TokenKind.DECODE} if step.num_decodes == 0 else set()
     if step.num_decodes == num_tokens:
         absent.add(TokenKind.PREFILL)
-    branches = graph.branches[1:]
-    names = [node.name for node in graph.nodes if node.tokens not in absent and node.branch not in branches]
     in_place, _ = shared_places(programs[0].traced)
     for layer, program in enumerate(programs):
         values = {LAYER_INPUT: hidden_TE}
-        for name in names:
-            bound = program.nodes[name]
+        for bound in program.plain:
+            node = bound.node
+            if node.tokens in absent:
+                continue
             operation = bound.calls[0].operation
             if isinstance(operation, CollectiveOperation):
-                _exchange(bound, operation, name in in_place, layer, values, stopwatch)
+                _exchange(bound, operation, node.name in in_place, layer, values, stopwatch)
                 continue
             started = stopwatch.now()
             compute(bound, values, step, stopwatch)
             if stopwatch.events is not None:
-                stopwatch.record(name, Lane.COMPUTE, started, layer=layer, tokens=(0, num_tokens))
+                stopwatch.record(node.name, Lane.COMPUTE, started, layer=layer, tokens=(0, num_tokens))
         hidden_TE = values[graph.output]
     return hidden_TE
 

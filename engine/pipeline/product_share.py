@@ -1,12 +1,13 @@
-"""`ProductShare`: how much of a chain's time its matrix product takes, measured once when the chain is made.
+"""`ProductShare`: how much of a chain's time its matrix products take, measured once when the chain is made.
 
 A compiled chain is one call, in which no clock can be read. Where a step's time went (`StepTimes`) is told by these
 shares, which differ with the number of tokens.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,18 +34,19 @@ class ProductShare:
 
     @classmethod
     @torch.inference_mode()
-    def measured(cls, compiled: CompiledKernel, product: Operation, weights: tuple[Tensor, ...]) -> "ProductShare":
-        """Time the chain and its product alone, the fastest of some runs each."""
+    def measured(
+        cls, compiled: CompiledKernel, products: Sequence[Operation], weights: tuple[Tensor, ...]
+    ) -> "ProductShare":
+        """Time the chain, and its products alone, the fastest of some runs each."""
         arguments = compiled.kernel.arguments[: len(compiled.kernel.arguments) - len(weights)]
-        own = product.kernel(arguments[0].dtype, 1)
-        assert own is not None
+        own = [kernel for product in products if (kernel := product.kernel(arguments[0].dtype, 1)) is not None]
         shares: list[float] = []
         for num_tokens in (1 << _GROWTH_BITS * index for index in range(_NUM_SIZES)):
             inputs = [_example(argument, num_tokens) for argument in arguments]
-            value = _example(own.arguments[0], num_tokens)
-            chain_seconds = _fastest(lambda: compiled.call(inputs, weights))  # noqa: B023 it runs now
-            product_seconds = _fastest(lambda: product(value))  # noqa: B023 it runs now
-            shares.append(min(1.0, product_seconds / chain_seconds))
+            values = [_example(kernel.arguments[0], num_tokens) for kernel in own]
+            chain_seconds = _fastest(partial(compiled.call, inputs, weights))
+            seconds = sum(_fastest(partial(product, value)) for product, value in zip(products, values, strict=True))
+            shares.append(min(1.0, seconds / chain_seconds))
         return cls(tuple(shares))
 
 
