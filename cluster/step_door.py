@@ -71,10 +71,13 @@ async def read_message(reader: asyncio.StreamReader) -> Any:
 
 
 def keep_alive(connection: asyncio.StreamWriter) -> None:
-    """Have the kernel notice within half a minute that the other machine is gone; a busy process is not."""
+    """Have the kernel notice within half a minute that the other machine is gone; a busy process is not.
+
+    Where data is on its way no probes are sent: the user timeout, in milliseconds, counts then.
+    """
     peer: socket.socket = connection.get_extra_info("socket")
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -122,7 +125,7 @@ class StepDoor:
                 keep_alive(writer)
                 writer.transport.set_write_buffer_limits(high=_UNREAD_BYTES)
                 await guest.serve(self._engine, reader, writer)
-        except OSError as error:
+        except (OSError, NanoserveError) as error:
             logger.info("The connection of an ingress ended: %s", error)
         finally:
             writer.close()
@@ -178,4 +181,7 @@ class _Guest:
                 answer = SubmissionAnswer(submission.number, problems)
             except NanoserveError as error:
                 answer = SubmissionAnswer(submission.number, [], error)
+            except Exception as error:  # none of these requests, but all others of this ingress go on
+                logger.exception("Requests could not be taken")
+                answer = SubmissionAnswer(submission.number, [], NanoserveError(f"Not taken: {error!r}"))
             writer.write(encode(answer))

@@ -5,8 +5,8 @@ or compiled while requests are served, and a call costs 2 to 4 microseconds more
 `torch.compile` costs 15. Compiling takes some ten seconds a kernel and needs a C++ compiler; it happens in processes of
 its own. Where it is not possible operations compute as they are written.
 
-Rounding follows the written operations (`emulate_precision_casts`), so that a model's tokens do not depend on whether
-its kernels were compiled; sums are added in another order.
+Rounding follows the written functions (`emulate_precision_casts`); sums are added in another order, which moves tokens
+of narrow number formats as any other kernel does, and those of float32 only where two are as good as equal.
 """
 
 import fcntl
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from engine.kernels import fused, packed
 from engine.kernels.kernel import Argument, Kernel, KernelCall
+from engine.kernels.reference import LARGEST_CACHED
 
 _log = logging.getLogger(__name__)
 
@@ -141,8 +142,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _key(kernel: Kernel) -> str:
     """Sixteen hexadecimal digits of everything that the compiled form depends on."""
-    sources = [inspect.getsource(module) for module in (fused, packed)]
-    facts = [asdict(kernel), torch.__version__, _processor(), sources, _EXAMPLES]
+    modules = (fused, packed, sys.modules[Kernel.__module__], sys.modules[__name__])
+    sources = [inspect.getsource(module) for module in modules]
+    facts = [asdict(kernel), torch.__version__, _processor(), sources, LARGEST_CACHED]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

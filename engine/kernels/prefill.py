@@ -8,6 +8,7 @@ does (Dao et al. 2022). What depends on the shape of the step alone is in a `Pre
 Legend: as in `reference`; further C chunks of a group, Q queries of each (padded), n queries of a tile.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def prefill_attention(query_QHd: Tensor, keys: Tensor, values: Tensor, plan: Pre
     """Causal attention of prompt chunks over everything cached before them and themselves: [Q, H, d]."""
     num_kv_heads, _, head_dim = keys.shape[1:]
     output_QHd = torch.empty_like(query_QHd)
-    in_bfloat16 = keys.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    in_bfloat16 = keys.dtype is torch.bfloat16 and _has_bfloat16_products()
     wide = torch.float32 if keys.element_size() == 2 else keys.dtype
     weights = torch.bfloat16 if in_bfloat16 else wide
     for group in plan.groups:
@@ -118,10 +119,11 @@ def prefill_attention(query_QHd: Tensor, keys: Tensor, values: Tensor, plan: Pre
         for tile in group.tiles:
             for heads in _heads(tile, group.num_chunks, query_CKGQd):
                 into_CKGQd[:, heads, :, tile.queries] = _attend(
-                    _scaled(query_CKGQd[:, heads, :, tile.queries], scale, wide),
+                    _widened(query_CKGQd[:, heads, :, tile.queries], wide),
                     keys_CKLd[:, heads, tile.keys],
                     values_CKLd[:, heads, tile.keys],
                     tile.hidden,
+                    scale,
                     in_bfloat16=in_bfloat16,
                 )
         if isinstance(group.rows, Tensor):
@@ -129,36 +131,48 @@ def prefill_attention(query_QHd: Tensor, keys: Tensor, values: Tensor, plan: Pre
     return output_QHd
 
 
+def _has_bfloat16_products() -> bool:
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _attend(
-    query_CKGnd: Tensor, keys_CKLd: Tensor, values_CKLd: Tensor, hidden: Tensor, *, in_bfloat16: bool
+    query_CKGnd: Tensor, keys_CKLd: Tensor, values_CKLd: Tensor, hidden: Tensor, scale: float, *, in_bfloat16: bool
 ) -> Tensor:
     """One tile: [C, K, G, n, d]. Query heads of a group are rows of one product."""
     keys_BLd, values_BLd = keys_CKLd.flatten(0, 1), values_CKLd.flatten(0, 1)
     query_BMd = query_CKGnd.view(len(keys_BLd), -1, query_CKGnd.shape[-1])
     with _float32_products(in_bfloat16=in_bfloat16):
         scores_BML = torch.bmm(query_BMd, keys_BLd.transpose(1, 2))
-    scores = scores_BML.view(*query_CKGnd.shape[:-1], -1)
+    scores = scores_BML.mul_(scale).view(*query_CKGnd.shape[:-1], -1)
     scores[..., scores.shape[-1] - hidden.shape[-1] :] += hidden
     torch.softmax(scores_BML, dim=-1, out=scores_BML)
     return torch.bmm(scores_BML.to(values_BLd.dtype), values_BLd).view_as(query_CKGnd)
 
 
-def _scaled(query_CKGnd: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy times `scale`, which is not rounded to the dtype of the queries."""
-    return torch.empty(query_CKGnd.shape, dtype=dtype, device=query_CKGnd.device).copy_(query_CKGnd).mul_(scale)
+def _widened(query_CKGnd: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of that dtype, not scaled yet: its elements must stay those of the narrower one."""
+    return torch.empty(query_CKGnd.shape, dtype=dtype, device=query_CKGnd.device).copy_(query_CKGnd)
+
+
+# The setting below belongs to the process: two engines in one must not restore each other's.
+_setting_lock = threading.Lock()
 
 
 @contextmanager
 def _float32_products(*, in_bfloat16: bool) -> Iterator[None]:
-    """In the context oneDNN may round factors of float32 products to bfloat16; sums stay float32."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if in_bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
+    """In the context oneDNN computes float32 products, and may round factors to bfloat16; sums stay float32."""
+    if not in_bfloat16:
         yield
-    finally:
-        settings.fp32_precision = before
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _setting_lock:
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 def _heads(tile: Tile, num_chunks: int, query_CKGQd: Tensor) -> Iterator[slice]:
@@ -199,7 +213,7 @@ def _group(
         [[c.start, c.size, c.first_row, c.index, c.first_block] for c in chunks], device=device
     ).T
     columns = first_blocks[:, None] + torch.arange(-(-length // block_size), device=device)
-    # Padding reads some block of the sequence again: none of its tokens is seen.
+    # Padding reads whatever block the table names there: none of its tokens is seen, and all are finite.
     tables_CB = block_tables_PB[indices[:, None], columns.clamp_(max=block_tables_PB.shape[1] - 1)]
     tiles_CKB = tables_CB[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=device)[:, None]
     offsets_CQ = torch.minimum(torch.arange(size, device=device), sizes[:, None] - 1)

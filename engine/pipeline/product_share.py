@@ -40,21 +40,24 @@ class ProductShare:
         """Time the chain, and its products alone, the fastest of some runs each."""
         arguments = compiled.kernel.arguments[: len(compiled.kernel.arguments) - len(weights)]
         own = [kernel for product in products if (kernel := product.kernel(arguments[0].dtype, 1)) is not None]
+        num_rows = min(len(weight) for weight in weights)  # of the table of angles, too, which positions look up
         shares: list[float] = []
         for num_tokens in (1 << _GROWTH_BITS * index for index in range(_NUM_SIZES)):
-            inputs = [_example(argument, num_tokens) for argument in arguments]
-            values = [_example(kernel.arguments[0], num_tokens) for kernel in own]
+            inputs = [_example(argument, num_tokens, num_rows) for argument in arguments]
+            values = [_example(kernel.arguments[0], num_tokens, num_rows) for kernel in own]
             chain_seconds = _fastest(partial(compiled.call, inputs, weights))
             seconds = sum(_fastest(partial(product, value)) for product, value in zip(products, values, strict=True))
             shares.append(min(1.0, seconds / chain_seconds))
         return cls(tuple(shares))
 
 
-def _example(argument: Argument, num_tokens: int) -> Tensor:
-    """What the argument may be; a size with a name is that of tokens, or the cache's. Every token has its own slot."""
+def _example(argument: Argument, num_tokens: int, num_rows: int) -> Tensor:
+    """What the argument may be; a size with a name is that of tokens, or the cache's. Positions and slots differ, as
+    far as there are rows.
+    """
     shape = [num_tokens if size == "T" else _NUM_BLOCKS if isinstance(size, str) else size for size in argument.shape]
     if argument.dtype == "int64":
-        return torch.arange(num_tokens)
+        return torch.arange(num_tokens) % num_rows
     return torch.zeros(shape, dtype=getattr(torch, argument.dtype))
 
 
