@@ -64,8 +64,9 @@ class Values:
         local: dict[str, Tensor] = {}
         now = time.perf_counter()
         for piece in bound.pieces:
-            if isinstance(piece, BoundCall) and piece.operation is not None:
-                if piece.operation.is_join:
+            if isinstance(piece, BoundCall):
+                operation = piece.operation
+                if operation is not None and operation.is_join:
                     local[piece.name] = self.of_layer(piece.inputs[0], layer)[start:stop]  # where all of them lie
                     continue
                 if len(rows) == 1 and piece.name in bound.node.outputs:
@@ -73,7 +74,10 @@ class Values:
                     inputs: list[object] = [*self._inputs(piece, local, layer, rows)]
                     if STEP_INPUTS in piece.inputs:
                         inputs.append(self._parts.part(start, stop, kind))
-                    piece.operation.into(target, *inputs)
+                    if operation is None:
+                        torch.add(*inputs, out=target)  # type: ignore[call-overload]
+                    else:
+                        operation.into(target, *inputs)
                     now = stopwatch.spent(piece.cost, now)
                     continue
             results = piece.compute(self._inputs(piece, local, layer, rows), self._parts.part(start, stop, kind))
