@@ -72,6 +72,7 @@ def engine_config(checkpoint: Path, **overrides: Any) -> EngineConfig:
         max_model_len=1024,
         max_batch_tokens=160,  # less than the longest prompts: their prefill is cut
         max_sequences=24,
+        block_size=16,  # prompts span many blocks, and 64 of them are too few for all
         num_blocks=400,
         num_threads=1,
         plan_seconds=0,
