@@ -17,7 +17,7 @@ from step_parts.stand_in_device import StepBoard
 from step_parts.traffic import Traffic
 
 from cluster.engine_host import EngineHost
-from cluster.step_message import Hello, MetricsTarget, StepMessage
+from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
 from engine import Batch, LLMEngine, Request, StepOutput
 from engine.llm_engine import _StepInFlight
 from engine.scheduler import ScheduledStep
@@ -104,7 +104,7 @@ def _receive(message: StepMessage, host: EngineHost, coming: deque[Request]) -> 
     started = time.perf_counter()
     pickle.dumps(message, protocol=5)
     ended = time.perf_counter()
-    num_ended = sum(row[3] is not None for row in message.outputs)
+    num_ended = sum(output.finish_reason is not None for output in unpack(message.outputs))
     host.submit("benchmark", [coming.popleft() for _ in range(num_ended)])
     return ended - started
 
