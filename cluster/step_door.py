@@ -24,6 +24,7 @@ from engine import NanoserveError, Request
 logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 KEY_SECONDS = 10.0  # from connecting to having said the key
+INVITATION_SECONDS = 30.0  # from being invited to having said it
 _UNREAD_BYTES = 1 << 16  # an ingress that leaves more than this unread gets the next steps in one message
 _LENGTH = struct.Struct("<Q")
 
@@ -108,9 +109,11 @@ class StepDoor:
         port: int = self._server.sockets[0].getsockname()[1]
         guest = _Guest(Invitation(self._host, port, secrets.token_bytes(KEY_BYTES)), ingress_id, metrics)
         self._guests[guest.invitation.key] = guest
+        deadline = asyncio.get_running_loop().call_later(INVITATION_SECONDS, guest.expire)
         try:
             yield guest
         finally:
+            deadline.cancel()
             self._guests.pop(guest.invitation.key, None)
             guest.leave()
 
@@ -146,6 +149,11 @@ class _Guest:
         self._ingress_id = ingress_id
         self._metrics = metrics
         self._serving: asyncio.Task[None] | None = None
+
+    def expire(self) -> None:
+        """Nobody is waited for any longer; who has come stays."""
+        if self._serving is None:
+            self.gone.set()
 
     def leave(self) -> None:
         if self._serving is not None:

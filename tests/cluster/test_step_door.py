@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import pytest
 
+from cluster import step_door
 from cluster.dispatcher import Dispatcher
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_door import KEY_BYTES, Invitation, StepDoor
 from cluster.step_link import StepLink
 from cluster.step_message import Abort, Hello, MetricsTarget, RequestProblem, StepMessage, unpack
-from engine import EngineDeadError, FinishReason, Request, RequestId, SamplingParams
+from engine import EngineDeadError, FinishReason, NanoserveError, Request, RequestId, SamplingParams
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config
 from tests.cluster.local_replicas import LocalReplica, engine_config
@@ -170,3 +171,33 @@ async def test_a_dispatcher_works_through_it(door: StepDoor, replica: LocalRepli
     stopped.abort([RequestId("z")], FinishReason.STOP)
     await until(lambda: replica.num_open == 0)
     await dispatcher.close()
+
+
+async def test_who_was_invited_and_does_not_come_is_not_waited_for(
+    door: StepDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_door, "INVITATION_SECONDS", 0.2)
+    async with (
+        door.invited("late", INGRESS) as late,
+        door.invited("i1", INGRESS) as guest,
+        StepLink.connected(guest.invitation) as link,
+    ):
+        await next_hello(link, link.messages())
+        await asyncio.wait_for(late.gone.wait(), 5)
+        assert not guest.gone.is_set()
+
+
+async def test_a_request_that_cannot_even_be_read_ends_no_other(door: StepDoor) -> None:
+    async with door.invited("i1", INGRESS) as guest, StepLink.connected(guest.invitation) as link:
+        messages = link.messages()
+        await next_hello(link, messages)
+        reading = asyncio.create_task(collect(messages))
+        with pytest.raises(NanoserveError, match="Not taken: TypeError"):
+            await link.submit([request("odd", prompt=(1.5, 2))], [])  # type: ignore[arg-type]
+        assert await link.submit([request("good")], []) == [None]
+        reading.cancel()
+
+
+async def collect(messages: AsyncGenerator[Hello | StepMessage, None]) -> None:
+    async for _ in messages:
+        pass
