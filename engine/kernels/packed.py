@@ -30,7 +30,7 @@ def pack(weight_OI: Tensor) -> Tensor:
     return packed
 
 
-@torch.library.custom_op("nanoserve::packed_linear", mutates_args=())
+@torch.library.custom_op("engine_kernels::packed_linear", mutates_args=())
 def linear(input_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[T, I] -> [T, O], as `torch.nn.functional.linear` with the weight that was packed."""
     return product(input_TI, packed_OI, bias_O)
@@ -53,7 +53,7 @@ def lower_for_inductor() -> None:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
 
-    @register_lowering(torch.ops.nanoserve.packed_linear.default, type_promotion_kind=None)
+    @register_lowering(torch.ops.engine_kernels.packed_linear.default, type_promotion_kind=None)
     def lower(input_TI: object, packed_OI: object, bias_O: object = None) -> object:
         output = LinearUnary.create(input_TI, packed_OI, bias_O, "none", [], "")  # type: ignore[no-untyped-call]
         return output if isinstance(output, TensorBox) else TensorBox.create(output)

@@ -6,6 +6,7 @@ is cut differently reads one slice. Values inside a node are ordinary tensors. N
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from engine.kernels.compiled import CompiledKernels
@@ -59,6 +60,11 @@ class LayerProgram:
         """What it computes."""
         return self.traced.graph
 
+    @cached_property
+    def in_place(self) -> Mapping[str, str]:
+        """Values that are computed in another's place, by that one; see `shared_places`."""
+        return shared_places(self.traced)[0]
+
     def kernels(self, dtype: str, block_size: int) -> list[Kernel]:
         """What would be compiled for it; see `plan_chains`."""
         plans = (plan for node in self._compilable for plan in self._plans(node, dtype, block_size))
@@ -90,8 +96,8 @@ class LayerProgram:
     def _compilable(self) -> list[BoundNode]:
         """Plain nodes; where there is a network to overlap with, nodes that a plan places by themselves, too."""
         has_network = any(node.resource is Resource.NETWORK for node in self.graph.nodes)
-        own = [bound for bound in self.nodes.values() if has_network and bound not in self.plain]
-        return [*self.plain, *own]
+        plain = {bound.node.name for bound in self.plain}
+        return [*self.plain, *(bound for name, bound in self.nodes.items() if has_network and name not in plain)]
 
     def _plans(self, bound: BoundNode, dtype: str, block_size: int) -> Iterator[ChainPlan]:
         outputs = bound.node.outputs

@@ -98,19 +98,11 @@ class Pipeline:
         The schedule must have passed `verify` and fit the batch. The hidden states lie where the next run
         writes.
         """
+        if lanes.runs_plainly and schedule == self.sequential:
+            return self._run_plainly(step, lanes, stopwatch)
         cut = schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
         parts = StepParts(step, cut)
-        started = stopwatch.now()
-        hidden_TE: Tensor = self._embedding.shard(parts.whole)
-        stopwatch.spent(Cost.OTHER, started)
-        arriving = lanes.begin(self._embedding.all_reduce, hidden_TE, self._pieces(schedule, cut), stopwatch)
-        if lanes.runs_plainly and schedule == self.sequential:
-            if arriving is not None:
-                arriving.land(stopwatch)
-            self._learn(parts.whole, hidden_TE)
-            for run in self._runs:
-                hidden_TE = run_layers(run.programs, hidden_TE, parts.whole, stopwatch)
-            return hidden_TE
+        hidden_TE, arriving = self._embed(parts.whole, self._pieces(schedule, cut), lanes, stopwatch)
         if not self._rows and arriving is not None:
             arriving.land(stopwatch)
             arriving = None
@@ -156,6 +148,25 @@ class Pipeline:
     def arena_bytes(self) -> int:
         """Memory held for the values between operations."""
         return self._arena.num_bytes
+
+    def _run_plainly(self, step: StepInputs, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
+        """The whole batch through one operation after the other."""
+        hidden_TE, arriving = self._embed(step, [(0, len(step.tokens))], lanes, stopwatch)
+        if arriving is not None:
+            arriving.land(stopwatch)
+        self._learn(step, hidden_TE)
+        for run in self._runs:
+            hidden_TE = run_layers(run.programs, hidden_TE, step, stopwatch)
+        return hidden_TE
+
+    def _embed(
+        self, step: StepInputs, pieces: Sequence[tuple[int, int]], lanes: Lanes, stopwatch: Stopwatch
+    ) -> tuple[Tensor, Flight | None]:
+        """What the first layer reads [T, E], and what of it may still be on its way from other ranks."""
+        started = stopwatch.now()
+        hidden_TE: Tensor = self._embedding.shard(step)
+        stopwatch.spent(Cost.OTHER, started)
+        return hidden_TE, lanes.begin(self._embedding.all_reduce, hidden_TE, pieces, stopwatch)
 
     def _learn(self, step: StepInputs, hidden_TE: Tensor) -> None:
         """The shapes of all values, once, from computing a layer of every kind plainly; collectives keep theirs."""

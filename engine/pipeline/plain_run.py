@@ -13,7 +13,7 @@ from engine.operation import TokenKind
 from engine.pipeline.chain import BoundCall
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT
-from engine.pipeline.layer_program import BoundNode, LayerProgram, shared_places
+from engine.pipeline.layer_program import BoundNode, LayerProgram
 from engine.pipeline.schedule import Lane
 from engine.pipeline.stopwatch import Stopwatch
 from engine.step_inputs import StepInputs
@@ -26,7 +26,6 @@ def run_layers(programs: Sequence[LayerProgram], hidden_TE: Tensor, step: StepIn
     absent = {TokenKind.DECODE} if step.num_decodes == 0 else set()
     if step.num_decodes == num_tokens:
         absent.add(TokenKind.PREFILL)
-    in_place, _ = shared_places(programs[0].traced)
     for layer, program in enumerate(programs):
         values = {LAYER_INPUT: hidden_TE}
         for bound in program.plain:
@@ -35,7 +34,7 @@ def run_layers(programs: Sequence[LayerProgram], hidden_TE: Tensor, step: StepIn
                 continue
             operation = bound.calls[0].operation
             if isinstance(operation, CollectiveOperation):
-                _exchange(bound, operation, node.name in in_place, layer, values, stopwatch)
+                _exchange(bound, operation, node.name in program.in_place, layer, values, stopwatch)
                 continue
             started = stopwatch.now()
             compute(bound, values, step, stopwatch)
