@@ -41,10 +41,10 @@ from http_path.stage_times import (
     request_passes,
     step_stages,
 )
+from peer_engines.random_llama import random_llama
 
 from engine.errors import NanoserveError
-from engine.model_config import Architecture, DType, ModelConfig
-from engine.random_checkpoint import sized_config, write_random_checkpoint
+from engine.model_config import DType, ModelConfig
 from engine.user_cache import cache_directory
 
 PARTS = ("saturation", "idle", "streams")
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every part that was asked for."""
     parts = set(options.parts.split(","))
-    checkpoint = options.model or default_checkpoint()
+    checkpoint = options.model or random_llama(cache_directory() / "peers" / "models", DType.BFLOAT16)
     vocab_size = ModelConfig.from_checkpoint(checkpoint).vocab_size
     num_prompt_tokens, num_output_tokens = (int(text) for text in options.shape.split("/"))
     load = HttpLoad(
@@ -204,27 +204,6 @@ def streams_row(clock: Path, load: HttpLoad, rounds: Sequence[LoadResult]) -> di
 def processor_milliseconds(result: LoadResult, count: int) -> Mapping[str, float]:
     """Processor time by role, for each of `count`; "Ray, idle parts" also runs without requests."""
     return {role: 1000 * seconds / count for role, seconds in {**result.used.by_role, "client": result.client}.items()}
-
-
-def default_checkpoint() -> Path:
-    """The random Llama of `peers.py`, written where it is not there yet."""
-    folder = cache_directory() / "peers" / "models" / "llama-8x512-bfloat16" / "checkpoint"
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        model = sized_config(
-            Architecture.LLAMA,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_layers=8,
-            num_heads=8,
-            num_kv_heads=4,
-            vocab_size=32_000,
-            max_position_embeddings=8192,
-            dtype=DType.BFLOAT16,
-        )
-        write_random_checkpoint(partial, model)
-        partial.rename(folder)
-    return folder
 
 
 if __name__ == "__main__":

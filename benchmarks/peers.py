@@ -31,13 +31,13 @@ from peer_engines.contest import Contest
 from peer_engines.peer import Peer
 from peer_engines.peer_engine import EngineSetup
 from peer_engines.peer_workload import parse_workload
+from peer_engines.random_llama import random_llama
 from peer_engines.result_table import format_table
 
 from engine.errors import NanoserveError
 from engine.gemm_peak import measure_gemm_peak
-from engine.model_config import Architecture, DType
+from engine.model_config import DType
 from engine.optimum import optimal_tokens_per_second
-from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.user_cache import cache_directory
 from engine.workloads.workload import Workload
 
@@ -116,26 +116,10 @@ def choose(names: str | None) -> list[Peer]:
 
 def prepare(folder: Path, dtype: DType, workload: Workload, num_threads: int) -> EngineSetup:
     """Write the checkpoint where it is not there yet; it and what peers convert it to are kept for the next run."""
-    model = sized_config(
-        Architecture.LLAMA,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=4,
-        vocab_size=32_000,
-        max_position_embeddings=8192,
-        dtype=dtype,
-    )
-    converted = folder / f"llama-8x512-{dtype}"
-    checkpoint = converted / "checkpoint"
-    if not checkpoint.exists():
-        partial = converted / "checkpoint.partial"
-        write_random_checkpoint(partial, model)
-        partial.rename(checkpoint)
+    checkpoint = random_llama(folder, dtype)
     return EngineSetup(
         checkpoint=checkpoint,
-        converted=converted,
+        converted=checkpoint.parent,
         dtype=dtype.value,
         num_threads=num_threads,
         cache_tokens=sum(item.num_prompt_tokens + item.num_output_tokens + 32 for item in workload.requests) + 1024,
