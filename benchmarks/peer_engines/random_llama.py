@@ -1,4 +1,4 @@
-"""The random Llama that all engines are compared with: small enough for two cores, bound by its weights at one request."""
+"""The random Llama that all engines are compared with: small enough for two cores."""
 
 from pathlib import Path
 
