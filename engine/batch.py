@@ -36,7 +36,8 @@ class Batch:
     The first `num_decodes` sequences compute one token each; the others are prefill chunks. `sampled` [K] holds
     indices into the S sequences, ascending; the token drawn for sequence i is written to the token pool at
     `[rows[i], starts[i] + counts[i]]`. `block_updates` [U, 3] are (row, index in the row's block table, block id),
-    applied before the step, after the admissions.
+    applied before the step, after the admissions. `repeats`: the step before was of the same decodes and nothing else,
+    so that `rows`, `counts` and `sampled` are its own and `starts` are one larger.
     """
 
     step: int
@@ -47,11 +48,12 @@ class Batch:
     counts: IntArray
     num_decodes: int
     sampled: IntArray
+    repeats: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step: the size of the dense batch."""
-        return int(self.counts.sum())
+        return self.num_decodes if len(self.counts) == self.num_decodes else int(self.counts.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

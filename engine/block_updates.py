@@ -9,6 +9,8 @@ import numpy as np
 
 from engine.batch import IntArray
 
+_NO_UPDATES = np.empty((0, 3), np.int32)
+
 
 class BlockUpdates:
     """(row, index in the row's block table, block id) of every change, in order."""
@@ -26,6 +28,8 @@ class BlockUpdates:
 
     def array(self) -> IntArray:
         """All of them, [U, 3]: `Batch.block_updates`."""
+        if not self._rows:
+            return _NO_UPDATES
         updates = np.empty((len(self._rows), 3), np.int32)
         updates[:, 0] = self._rows
         updates[:, 1] = self._indices

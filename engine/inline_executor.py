@@ -6,15 +6,16 @@ so that the next step is launched while the last one computes.
 """
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.batch import Batch, StepOutput
 from engine.config import DeviceKind, EngineConfig
 from engine.errors import ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
+from engine.rank_thread import RankThread
 
 if TYPE_CHECKING:
     from engine.pending_step import PendingStep
@@ -37,23 +38,22 @@ class InlineExecutor:
         self._failure: EngineDeadError | None = None
         self._close_lock = threading.Lock()
         self._is_closed = False
-        self._launches = ThreadPoolExecutor(1, thread_name_prefix="nanoserve-rank-0")
-        self._results = ThreadPoolExecutor(1, thread_name_prefix="nanoserve-rank-0-results")
+        self._launches = RankThread("nanoserve-rank-0")
+        self._results = RankThread("nanoserve-rank-0-results") if config.device is DeviceKind.CUDA else None
 
     def start(self) -> CacheCapacity:
         """Load the model; blocks. Raises `ConfigError` for what cannot start."""
-        return self._launches.submit(self._start).result()
+        return self._launches.call(self._start)
 
-    def execute(self, batch: Batch) -> Awaitable[StepOutput]:
+    def execute(self, batch: Batch) -> asyncio.Future[StepOutput]:
         """Queue one step from the running event loop; the result raises `EngineDeadError` when it fails."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[StepOutput] = loop.create_future()
         if self._failure is not None:
-            failed: asyncio.Future[StepOutput] = asyncio.get_running_loop().create_future()
-            failed.set_exception(self._failure)
-            return failed
-        if self._config.device is DeviceKind.CPU:  # a launched step is over: nobody need wait for it
-            return asyncio.wrap_future(self._launches.submit(self._run, batch))
-        launched = self._launches.submit(self._launch, batch)
-        return asyncio.wrap_future(self._results.submit(lambda: self._wait(batch, launched.result())))
+            answer.set_exception(self._failure)
+        else:
+            self._launches.post(lambda: self._launch(batch, _Answer(loop, answer)))
+        return answer
 
     def measure(self, function: Callable[[EngineConfig], Measured]) -> Measured:
         """The function of the configuration, called on the rank's thread between steps.
@@ -61,7 +61,7 @@ class InlineExecutor:
         Measurements belong there: OpenMP keeps a team of threads for every thread that computes, and where two teams do
         not fit on the cores, GNU's lets both sleep at barriers instead of spinning (docs/cpu_kernels.md).
         """
-        return self._launches.submit(function, self._config).result()
+        return self._launches.call(lambda: function(self._config))
 
     def close(self) -> None:
         """Stop the rank after the step already begun; those still queued fail. Idempotent."""
@@ -71,10 +71,11 @@ class InlineExecutor:
             self._is_closed = True
             self._failure = self._failure or EngineDeadError("The executor was closed.")
             try:
-                self._launches.submit(self._stop).result()
+                self._launches.call(self._stop)
             finally:
-                self._launches.shutdown()
-                self._results.shutdown()
+                self._launches.close()
+                if self._results is not None:
+                    self._results.close()
 
     def _start(self) -> CacheCapacity:
         from engine.worker import Worker
@@ -82,31 +83,60 @@ class InlineExecutor:
         self._worker = Worker(self._config)
         return self._worker.start(self._progress)
 
-    def _launch(self, batch: Batch) -> "PendingStep":
-        if self._failure is not None:
-            raise self._failure
-        if self._worker is None:
-            raise EngineDeadError("The executor was not started.")
+    def _launch(self, batch: Batch, answer: "_Answer") -> None:
         try:
-            return self._worker.execute(batch)
+            if self._failure is not None:
+                raise self._failure
+            if self._worker is None:
+                raise EngineDeadError("The executor was not started.")
+            pending = self._worker.execute(batch)
         except Exception as error:
-            raise self._fail(batch, error) from error
+            answer.fail(self._fail(batch, error))
+            return
+        if self._results is None:  # a launched step is over: nobody need wait for it
+            self._wait(batch, pending, answer)
+        else:
+            self._results.post(lambda: self._wait(batch, pending, answer))
 
-    def _run(self, batch: Batch) -> StepOutput:
-        return self._wait(batch, self._launch(batch))
-
-    def _wait(self, batch: Batch, pending: "PendingStep") -> StepOutput:
+    def _wait(self, batch: Batch, pending: "PendingStep", answer: "_Answer") -> None:
         try:
-            return pending.wait()
+            output = pending.wait()
         except Exception as error:
-            raise self._fail(batch, error) from error
+            answer.fail(self._fail(batch, error))
+        else:
+            answer.give(output)
 
     def _fail(self, batch: Batch, error: Exception) -> EngineDeadError:
         """No step runs after a failed one: what it would compute from a half-written cache is worthless."""
+        if isinstance(error, EngineDeadError):
+            return error
         self._failure = EngineDeadError(f"Rank 0 failed in step {batch.step}: {type(error).__name__}: {error}")
+        self._failure.__cause__ = error
         return self._failure
 
     def _stop(self) -> None:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+class _Answer:
+    """A step's result on its way to the event loop that waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[StepOutput]) -> None:
+        self._loop = loop
+        self._future = future
+
+    def give(self, output: StepOutput) -> None:
+        self._tell(self._future.set_result, output)
+
+    def fail(self, error: EngineDeadError) -> None:
+        self._tell(self._future.set_exception, error)
+
+    def _tell(self, settle: Callable[[Any], None], value: object) -> None:
+        def settle_if_awaited() -> None:
+            if not self._future.done():
+                settle(value)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it everybody who waited
+            self._loop.call_soon_threadsafe(settle_if_awaited)

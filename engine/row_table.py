@@ -3,8 +3,6 @@
 One NumPy array per number, indexed by row, so that advancing two thousand decodes is one operation.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from engine.batch import IntArray
@@ -12,7 +10,9 @@ from engine.sequence import Sequence
 
 
 class RowTable:
-    """Which sequence sits in which row. `positions` is the next token to compute; lengths are in tokens."""
+    """Which sequence sits in which row. `positions` is the next token to compute, which the `DecodeSet` knows of
+    decodes; lengths are in tokens.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.sequences: dict[int, Sequence] = {}
@@ -47,8 +47,3 @@ class RowTable:
         """Tokens drawn or being drawn, per row; 0 while the prompt is computed."""
         generated: IntArray = self.positions[rows] + 1 - self.prompt_lengths[rows]
         return generated.clip(min=0)
-
-    @staticmethod
-    def rows_of(rows: Iterable[int], count: int) -> IntArray:
-        """Rows as an array [count]."""
-        return np.fromiter(rows, np.int32, count)

@@ -3,7 +3,8 @@
 Continuous batching with a constant dense batch: every running sequence decodes one token, and prefill, cut at token
 granularity, fills the rest (NanoFlow, section 4.2.1; Sarathi's chunked prefill). It knows sequences, rows, blocks and
 a token budget; it knows no token that is still on the device, no clock and no executor, so it runs as well in a
-simulation. Per-step Python work is proportional to what changed; what every decode needs is a NumPy operation.
+simulation. Per-step work is proportional to what changed: between two steps of a large model its code and data have
+left the processor's caches, and what is touched costs more than what is computed.
 """
 
 import heapq
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.batch import Admission, Batch, IntArray
+from engine.batch import Admission, Batch
 from engine.block_manager import BlockManager
 from engine.block_updates import BlockUpdates
+from engine.decode_set import DecodeSet, DecodeStep
 from engine.length_predictor import LengthPredictor
 from engine.peak_use import PeakUse
 from engine.request import FinishReason
@@ -28,13 +30,13 @@ logger = logging.getLogger(__name__)
 class ScheduledStep:
     """A batch for the executor, and the sequences whose tokens will come back, in the order of `Batch.sampled`.
 
-    `completing_blocks` are the indices in `sampled` of sequences that have a full block more when their token is known.
+    With their tokens known, the sequences `completing` have a full block more.
     `num_recomputed` of the batch's tokens were computed before and lost by a preemption.
     """
 
     batch: Batch
     sampled: list[Sequence]
-    completing_blocks: list[int]
+    completing: list[Sequence]
     num_recomputed: int = 0
 
 
@@ -75,8 +77,9 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []
         self._prefilling: list[Sequence] = []
-        self._decoding: dict[int, Sequence] = {}
+        self._decodes = DecodeSet(blocks.block_size)
         self._rows = RowTable(max_sequences)
+        self._previous: Batch | None = None
         self._num_finished_waiting = 0
         self._step = 0
         self.num_preemptions = 0
@@ -121,8 +124,7 @@ class Scheduler:
         for sequence, token_id in zip(step.sampled, token_ids, strict=True):
             if sequence.status is not finished:
                 sequence.token_ids.append(token_id)
-        for index in step.completing_blocks:
-            sequence = step.sampled[index]
+        for sequence in step.completing:
             if sequence.status is SequenceStatus.RUNNING:
                 # The newest token's key and value are not written before the next step.
                 self._register(sequence, (len(sequence.token_ids) - 1) // self._block_size)
@@ -130,46 +132,47 @@ class Scheduler:
     def schedule(self, now: float) -> ScheduledStep | None:
         """Compose the next step; None when no sequence can compute anything."""
         block_updates = BlockUpdates()
-        rows = RowTable.rows_of(self._decoding, len(self._decoding))
-        preempted = self._grow_decodes(rows, block_updates)
-        if preempted:
-            rows = RowTable.rows_of(self._decoding, len(self._decoding))
-        starts = self._rows.positions[rows]
-        decodes = list(self._decoding.values())
-        budget = self._max_batch_tokens - len(decodes)
-        chunks = self._continue_prefills(budget)
-        budget -= sum(chunk.count for chunk in chunks)
-        admitted = [] if preempted else self._admit(budget, now, block_updates)
-        chunks += admitted
-        if not decodes and not chunks:
+        any_preempted = self._grow_decodes(block_updates)
+        budget = self._max_batch_tokens - len(self._decodes)
+        chunks = self._continue_prefills(budget) if self._prefilling else []
+        admitted: list[_Chunk] = []
+        if self._waiting and not any_preempted:
+            admitted = self._admit(budget - sum(chunk.count for chunk in chunks), now, block_updates)
+            chunks += admitted
+        if not self._decodes and not chunks:
             return None
-        self._advance_decodes(rows)
+        decodes = self._decodes.take()
+        for sequence in decodes.ending:
+            self._rows.positions[sequence.row] = sequence.max_length - 1
         for chunk in chunks:
             self._advance_prefill(chunk)
-        return self._compose(decodes, rows, starts, chunks, admitted, block_updates)
+        return self._compose(decodes, chunks, admitted, block_updates)
 
-    def _grow_decodes(self, rows: IntArray, block_updates: BlockUpdates) -> bool:
-        """Give a block to every decode that starts a new one; True if that took blocks from a younger sequence."""
-        needy = rows[self._rows.positions[rows] % self._block_size == 0]
+    def _grow_decodes(self, block_updates: BlockUpdates) -> bool:
+        """Give a block to every decode that begins a new one; True if that took blocks from a younger sequence."""
+        needy = self._decodes.beginning()
+        if not needy:
+            return False
         block_ids = self._blocks.allocate(len(needy))
         if block_ids is None:
             return self._grow_oldest_first(needy, block_updates)
-        block_updates.add(needy.tolist(), self._rows.num_blocks[needy].tolist(), block_ids)
-        for row, block_id in zip(needy.tolist(), block_ids, strict=True):
-            self._decoding[row].block_ids.append(block_id)
-        self._rows.num_blocks[needy] += 1
+        for sequence, block_id in zip(needy, block_ids, strict=True):
+            self._add_block(sequence, block_id, block_updates)
         return False
 
-    def _grow_oldest_first(self, needy: IntArray, block_updates: BlockUpdates) -> bool:
+    def _add_block(self, sequence: Sequence, block_id: int, block_updates: BlockUpdates) -> None:
+        block_updates.add([sequence.row], [len(sequence.block_ids)], [block_id])
+        sequence.block_ids.append(block_id)
+        self._rows.num_blocks[sequence.row] += 1
+
+    def _grow_oldest_first(self, needy: list[Sequence], block_updates: BlockUpdates) -> bool:
         """The same, one after the other, where there are too few free blocks for all."""
         any_preempted = False
-        for sequence in sorted(self._decoding[row] for row in needy.tolist()):
+        for sequence in sorted(needy):
             while sequence.row >= 0:
                 block_ids = self._blocks.allocate(1)
                 if block_ids is not None:
-                    block_updates.add([sequence.row], [len(sequence.block_ids)], block_ids)
-                    sequence.block_ids += block_ids
-                    self._rows.num_blocks[sequence.row] += 1
+                    self._add_block(sequence, block_ids[0], block_updates)
                     break
                 self._preempt(max(filter(self._is_schedulable, self._rows.sequences.values())))
                 any_preempted = True
@@ -214,7 +217,8 @@ class Scheduler:
         return chunks
 
     def _peak_use(self) -> PeakUse:
-        rows = RowTable.rows_of(self._rows.sequences, len(self._rows.sequences))
+        self._rows.positions[self._decodes.rows()] = self._decodes.starts()
+        rows = np.fromiter(self._rows.sequences, np.int32, self.num_running)
         limits = self._rows.max_lengths[rows] - self._rows.prompt_lengths[rows]
         remaining, variance = self._predictor.remaining(self._rows.generated(rows), limits)
         held = self._rows.num_blocks[rows]
@@ -256,11 +260,6 @@ class Scheduler:
         self._rows.enter(sequence, num_cached)
         self._prefilling.append(sequence)
 
-    def _advance_decodes(self, rows: IntArray) -> None:
-        self._rows.positions[rows] += 1
-        for row in rows[self._rows.positions[rows] + 1 >= self._rows.max_lengths[rows]].tolist():
-            del self._decoding[row]  # its last token is being drawn
-
     def _advance_prefill(self, chunk: _Chunk) -> None:
         sequence = chunk.sequence
         sequence.num_computed += chunk.count
@@ -269,20 +268,53 @@ class Scheduler:
         if chunk.completes:
             self._prefilling.remove(sequence)
             if sequence.num_computed + 1 < sequence.max_length:
-                self._decoding[sequence.row] = sequence
+                self._decodes.add(sequence, sequence.num_computed)
 
     def _compose(
-        self,
-        decodes: list[Sequence],
-        rows: IntArray,
-        starts: IntArray,
-        chunks: list[_Chunk],
-        admitted: list[_Chunk],
-        block_updates: BlockUpdates,
+        self, decodes: DecodeStep, chunks: list[_Chunk], admitted: list[_Chunk], block_updates: BlockUpdates
     ) -> ScheduledStep:
-        num_decodes = len(decodes)
+        batch = (
+            self._mixed_batch(decodes, chunks, admitted, block_updates)
+            if chunks
+            else self._decode_batch(decodes, block_updates)
+        )
+        self._step += 1
+        self._previous = None if chunks else batch
+        if not chunks:
+            return ScheduledStep(batch=batch, sampled=decodes.sequences, completing=decodes.completing)
+        ended = [chunk for chunk in chunks if chunk.completes]
+        num_recomputed = sum(chunk.num_recomputed for chunk in chunks)
+        self.num_recomputed_tokens += num_recomputed
+        return ScheduledStep(
+            batch=batch,
+            sampled=decodes.sequences + [chunk.sequence for chunk in ended],
+            completing=decodes.completing
+            + [chunk.sequence for chunk in ended if (chunk.start + chunk.count) % self._block_size == 0],
+            num_recomputed=num_recomputed,
+        )
+
+    def _decode_batch(self, decodes: DecodeStep, block_updates: BlockUpdates) -> Batch:
+        """A step of decodes alone; of the arrays that nothing has changed, the previous step's."""
+        previous = self._previous if decodes.repeats else None
+        num_decodes = len(decodes.rows)
+        return Batch(
+            step=self._step,
+            admissions=(),
+            block_updates=block_updates.array(),
+            rows=decodes.rows,
+            starts=decodes.starts,
+            counts=np.ones(num_decodes, np.int32) if previous is None else previous.counts,
+            num_decodes=num_decodes,
+            sampled=np.arange(num_decodes, dtype=np.int32) if previous is None else previous.sampled,
+            repeats=previous is not None,
+        )
+
+    def _mixed_batch(
+        self, decodes: DecodeStep, chunks: list[_Chunk], admitted: list[_Chunk], block_updates: BlockUpdates
+    ) -> Batch:
+        num_decodes = len(decodes.rows)
         completing = [index for index, chunk in enumerate(chunks, num_decodes) if chunk.completes]
-        batch = Batch(
+        return Batch(
             step=self._step,
             admissions=tuple(
                 Admission(
@@ -294,24 +326,13 @@ class Scheduler:
                 for chunk in admitted
             ),
             block_updates=block_updates.array(),
-            rows=np.concatenate([rows, np.asarray([chunk.sequence.row for chunk in chunks], np.int32)]),
-            starts=np.concatenate([starts, np.asarray([chunk.start for chunk in chunks], np.int32)]),
+            rows=np.concatenate([decodes.rows, np.asarray([chunk.sequence.row for chunk in chunks], np.int32)]),
+            starts=np.concatenate([decodes.starts, np.asarray([chunk.start for chunk in chunks], np.int32)]),
             counts=np.concatenate(
                 [np.ones(num_decodes, np.int32), np.asarray([chunk.count for chunk in chunks], np.int32)]
             ),
             num_decodes=num_decodes,
             sampled=np.concatenate([np.arange(num_decodes, dtype=np.int32), np.asarray(completing, np.int32)]),
-        )
-        self._step += 1
-        sampled = decodes + [chunks[index - num_decodes].sequence for index in completing]
-        ends = (batch.starts + batch.counts)[batch.sampled]
-        num_recomputed = sum(chunk.num_recomputed for chunk in chunks)
-        self.num_recomputed_tokens += num_recomputed
-        return ScheduledStep(
-            batch=batch,
-            sampled=sampled,
-            completing_blocks=np.flatnonzero(ends % self._block_size == 0).tolist(),
-            num_recomputed=num_recomputed,
         )
 
     def _register(self, sequence: Sequence, num_full_blocks: int) -> None:
@@ -324,7 +345,7 @@ class Scheduler:
 
     def _is_schedulable(self, sequence: Sequence) -> bool:
         """False once a sequence's last token is being drawn: it holds blocks for one more step only."""
-        return sequence.row in self._decoding or sequence in self._prefilling
+        return sequence.row in self._decodes or sequence in self._prefilling
 
     def _preempt(self, sequence: Sequence) -> None:
         """The prediction was wrong: the youngest sequence gives up its blocks and is computed again later."""
@@ -335,13 +356,15 @@ class Scheduler:
             len(sequence.token_ids),
             self._blocks.num_blocks,
         )
-        sequence.num_lost = max(sequence.num_lost, int(self._rows.positions[sequence.row]))
+        row = sequence.row
+        num_computed = self._decodes.position(row) if row in self._decodes else sequence.num_computed
+        sequence.num_lost = max(sequence.num_lost, num_computed)
         self._leave_row(sequence)
         sequence.status = SequenceStatus.WAITING
         heapq.heappush(self._waiting, sequence)
 
     def _leave_row(self, sequence: Sequence) -> None:
-        self._decoding.pop(sequence.row, None)
+        self._decodes.remove(sequence.row)
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
         self._rows.leave(sequence)

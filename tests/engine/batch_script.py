@@ -32,6 +32,7 @@ class BatchScript:
         self._rows: dict[int, ScriptedRow] = {}
         self._admissions: list[Admission] = []
         self._num_steps = 0
+        self._decoding: list[int] | None = None
 
     def admit(
         self, row: int, token_ids: Sequence[int], sampling: SamplingParams, num_prompt_tokens: int | None = None
@@ -64,6 +65,7 @@ class BatchScript:
             if row.computed == row.length:
                 sampled.append(index)
                 row.length += 1
+        decoding = list(decodes) if not prefills else None
         batch = Batch(
             step=self._num_steps,
             admissions=tuple(self._admissions),
@@ -73,7 +75,9 @@ class BatchScript:
             counts=np.array([count for _, count in work], np.int32),
             num_decodes=len(decodes),
             sampled=np.array(sampled, np.int32),
+            repeats=decoding is not None and decoding == self._decoding and not self._admissions,
         )
+        self._decoding = decoding
         self._admissions = []
         self._num_steps += 1
         return batch

@@ -179,6 +179,31 @@ def test_steps_are_launched_before_earlier_tokens_are_read(
     assert [list(tokens) for tokens in zip(*results, strict=True)] == alone
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["prepared anew", "told that it repeats"])
+def test_a_repeated_step_is_the_same_step(
+    launch: Callable[[Batch], PendingStep], alone: list[list[int]], told: bool
+) -> None:
+    """Rows that sample in every way, over block borders, with others coming and going between the repeats."""
+    script = BatchScript(NUM_BLOCKS, CONFIG.block_size)
+    rows = range(len(PROMPTS))
+    for row in rows:
+        script.admit(row, PROMPTS[row], SAMPLINGS[row])
+    tokens = [[token] for token in drawn(launch(script.step(prefills=[(row, len(PROMPTS[row])) for row in rows])))]
+    num_repeats = 0
+    for decoding in [rows] * 5 + [[3, 1]] * 3 + [[0, 2]] * 4 + [[1, 3]] * 3 + [rows]:
+        if decoding == [0, 2] and len(tokens[0]) == 7:
+            script.admit(5, [3, 4], SamplingParams())
+            launch(script.step(decodes=[], prefills=[(5, 1)]))
+        batch = script.step(decodes=decoding)
+        num_repeats += batch.repeats
+        output = drawn(launch(replace(batch, repeats=batch.repeats and told)))
+        for row, token in zip(decoding, output, strict=True):
+            tokens[row].append(token)
+    assert num_repeats == 10
+    assert [len(row_tokens) for row_tokens in tokens] == [11, 13, 11, 13]
+    assert [row_tokens[:11] for row_tokens in tokens] == [row_tokens[:11] for row_tokens in alone]
+
+
 def test_preempted_sequence_goes_on_in_another_row(
     launch: Callable[[Batch], PendingStep], alone: list[list[int]]
 ) -> None:

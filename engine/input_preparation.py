@@ -1,0 +1,212 @@
+"""`InputPreparation`: what the host does before a step can run: the batch becomes tensors of the device.
+
+Where a step repeats the one before, its tensors are that one's, advanced by a token in place; nothing travels but what
+changed. In-place is safe: steps run in the order in which they are prepared, each after the one before has read them.
+
+Legend: S sequences of the step, K of them drawn from, T tokens, D decodes.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.kv_cache import KVCache
+from engine.pipeline.nano_batch import Cut
+from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
+from engine.staging import HostArray, stage
+from engine.step_inputs import StepInputs
+from engine.token_pool import TokenPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStep:
+    """A step that can run: what its layers read (None without tokens), and where its draws come from and go to.
+
+    `sampled_tokens` [K] are the drawn hidden states' places, None where all are drawn, each in its place. `sections`
+    are the plan's arrays on the device. The token drawn k-th goes to the pool at (`drawn_rows`, `drawn_positions`) [K].
+    """
+
+    inputs: StepInputs | None
+    plan: SamplingPlan
+    sections: dict[str, Tensor]
+    sampled_tokens: Tensor | None
+    drawn_rows: Tensor
+    drawn_positions: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class _Repeatable:
+    """The last step, of decodes alone: the next may be the same a token further.
+
+    `counters` [3, D] are positions, slots and lengths. `drawn` comes when the step has run.
+    """
+
+    step: PreparedStep
+    inputs: StepInputs
+    cut: Cut
+    counters: Tensor
+    drawn: Tensor | None = None
+
+
+class InputPreparation:
+    """For one rank's batches, in their order. The pool of tokens and the parameters of sampling are kept here."""
+
+    def __init__(
+        self, config: EngineConfig, kv_cache: KVCache, device: torch.device, *, returns_logprobs: bool
+    ) -> None:
+        self._kv_cache = kv_cache
+        self._device = device
+        self._returns_logprobs = returns_logprobs
+        self.pool = TokenPool(
+            max_sequences=config.max_sequences,
+            max_model_len=config.max_model_len,
+            max_blocks_per_sequence=config.max_blocks_per_sequence,
+            device=device,
+        )
+        self._sampling = SamplingTable(config.max_sequences, config.model.vocab_size, config.model.eos_token_ids)
+        self._last: _Repeatable | None = None
+
+    def prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
+        """The batch, to be run by a schedule with this cut."""
+        last = self._last
+        if batch.repeats and last is not None and last.drawn is not None and last.cut == cut:
+            return self._advance(last, last.drawn, batch)
+        return self._prepare(batch, cut)
+
+    def drawn(self, step: PreparedStep, token_ids_K: Tensor) -> None:
+        """The prepared step has drawn these tokens; they are what its rows compute next."""
+        self.pool.write_tokens(step.drawn_rows, step.drawn_positions, token_ids_K)
+        if self._last is not None and self._last.step is step:
+            self._last.drawn = token_ids_K
+
+    def _prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
+        for admission in batch.admissions:
+            self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
+        arrays = _step_arrays(batch, cut, self._kv_cache.block_size)
+        plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
+        staged = stage(_update_arrays(batch) | arrays | plan.arrays, self._device)
+        if batch.admissions:
+            self.pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
+        self._write_blocks(batch, staged)
+        inputs = self._step_inputs(batch, arrays["length"], staged) if len(batch.rows) else None
+        step = PreparedStep(
+            inputs=inputs,
+            plan=plan,
+            sections=staged,
+            sampled_tokens=staged.get("sampled_token"),
+            drawn_rows=staged["sampled_row"],
+            drawn_positions=staged["sampled_position"],
+        )
+        self._last = None
+        if inputs is not None and batch.num_decodes == len(batch.rows) == len(batch.sampled):
+            step = self._remember(step, inputs, cut)
+        return step
+
+    def _remember(self, step: PreparedStep, inputs: StepInputs, cut: Cut) -> PreparedStep:
+        """The same step, of decodes alone, on tensors that can be advanced."""
+        counters = torch.stack((inputs.positions, inputs.slots, inputs.decode_lengths))
+        positions_D, slots_D, lengths_D = counters.unbind()
+        inputs = replace(inputs, positions=positions_D, slots=slots_D, decode_lengths=lengths_D)
+        step = replace(step, inputs=inputs, drawn_positions=lengths_D)
+        self._last = _Repeatable(step=step, inputs=inputs, cut=cut, counters=counters)
+        return step
+
+    def _advance(self, last: _Repeatable, drawn_D: Tensor, batch: Batch) -> PreparedStep:
+        """The last step once more, of the tokens that it drew."""
+        before = last.inputs
+        last.counters.add_(1)
+        longest = before.max_decode_length + 1
+        tables = before.decode_block_tables
+        if len(batch.block_updates):
+            self._write_blocks(batch, stage(_update_arrays(batch), self._device))
+            rows_D, block_size = last.step.drawn_rows, self._kv_cache.block_size
+            indices_D = before.positions // block_size
+            offsets_D = before.positions - indices_D * block_size
+            before.slots.copy_(self.pool.slots(rows_D, indices_D, offsets_D, block_size))
+            tables = self.pool.tables(rows_D, -(-longest // block_size))
+        plan, sections = last.step.plan, last.step.sections
+        if plan.arrays:
+            lengths = batch.starts.astype(np.int64) + 1
+            plan = self._sampling.plan(batch.rows.astype(np.int64), lengths, self._returns_logprobs)
+            sections = stage(plan.arrays, self._device)
+        inputs = replace(before, tokens=drawn_D, decode_block_tables=tables, max_decode_length=longest)
+        step = replace(last.step, inputs=inputs, plan=plan, sections=sections)
+        last.step, last.inputs, last.drawn = step, inputs, None
+        return step
+
+    def _write_blocks(self, batch: Batch, staged: dict[str, Tensor]) -> None:
+        if len(batch.block_updates):
+            self.pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
+
+    def _step_inputs(self, batch: Batch, lengths: Int64s, staged: dict[str, Tensor]) -> StepInputs:
+        """What the layers read; everything per token is gathered on the device."""
+        block_size = self._kv_cache.block_size
+        num_decodes = batch.num_decodes
+        rows_S, lengths_S = staged["row"], staged["length"]
+        rows_T, positions_T = staged["token_row"], staged["token_position"]
+        longest_decode = int(lengths[:num_decodes].max(initial=0))
+        longest_prefill = int(lengths[num_decodes:].max(initial=0))
+        return StepInputs(
+            tokens=self.pool.read_tokens(rows_T, positions_T),
+            positions=positions_T,
+            slots=self.pool.slots(rows_T, staged["token_block"], staged["token_offset"], block_size),
+            decode_block_tables=self.pool.tables(rows_S[:num_decodes], -(-longest_decode // block_size)),
+            decode_lengths=lengths_S[:num_decodes],
+            prefill_block_tables=self.pool.tables(rows_S[num_decodes:], -(-longest_prefill // block_size)),
+            num_decodes=num_decodes,
+            max_decode_length=longest_decode,
+            prefill_chunk_sizes=tuple(batch.counts[num_decodes:].tolist()),
+            prefill_context_lengths=tuple(lengths[num_decodes:].tolist()),
+            kv_cache=self._kv_cache,
+        )
+
+
+def _update_arrays(batch: Batch) -> dict[str, HostArray]:
+    """The tokens of admitted rows and the changed entries of block tables, one flat array per column, if any."""
+    arrays: dict[str, HostArray] = {}
+    if batch.admissions:
+        sizes = np.array([len(admission.token_ids) for admission in batch.admissions], dtype=np.int64)
+        rows = np.array([admission.row for admission in batch.admissions], dtype=np.int64)
+        tokens = np.concatenate([admission.token_ids for admission in batch.admissions])
+        arrays["new_row"] = np.repeat(rows, sizes)
+        arrays["new_position"] = _ranges(np.zeros_like(sizes), sizes)
+        arrays["new_token"] = tokens.astype(np.int64)
+    if len(batch.block_updates):
+        columns = batch.block_updates.T.astype(np.int64, order="C")
+        arrays["block_row"], arrays["block_index"], arrays["block_id"] = columns
+    return arrays
+
+
+def _step_arrays(batch: Batch, planned: Cut, block_size: int) -> dict[str, Int64s]:
+    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut.
+
+    In a step of decodes alone several of them are the same, and no "sampled_token" says that every hidden state is
+    drawn from, in its place.
+    """
+    rows, starts = batch.rows.astype(np.int64), batch.starts.astype(np.int64)
+    lengths = starts + batch.counts
+    arrays = {"row": rows, "length": lengths, "token_row": rows, "token_position": starts}
+    has_prefills = len(rows) > batch.num_decodes
+    if has_prefills:
+        arrays["token_row"] = np.repeat(rows, batch.counts)
+        arrays["token_position"] = _ranges(starts, batch.counts.astype(np.int64))
+    arrays["token_block"], arrays["token_offset"] = np.divmod(arrays["token_position"], block_size)
+    arrays["sampled_row"], arrays["sampled_position"] = rows, lengths
+    draws_all = len(batch.sampled) == len(rows)
+    if not draws_all:
+        arrays["sampled_row"], arrays["sampled_position"] = rows[batch.sampled], lengths[batch.sampled]
+    if has_prefills or not draws_all or len(planned.nano_batches) > 1:
+        cut = planned.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        ends = batch.counts.cumsum(dtype=np.int64)
+        arrays["sampled_token"] = cut.positions_of(ends[batch.sampled] - 1)
+    return arrays
+
+
+def _ranges(starts: Int64s, counts: Int64s) -> Int64s:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ...: one flat int64 array."""
+    shifts = starts - (counts.cumsum() - counts)
+    return np.arange(counts.sum(), dtype=np.int64) + np.repeat(shifts, counts)
