@@ -6,6 +6,7 @@ changed. In-place is safe: steps run in the order in which they are prepared, ea
 Legend: S sequences of the step, K of them drawn from, T tokens, D decodes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.decode_order import DecodeOrder, parts_of
 from engine.kv_cache import KVCache
 from engine.pipeline.nano_batch import Cut
 from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
 from engine.staging import HostArray, stage
-from engine.step_inputs import StepInputs
+from engine.step_inputs import DecodePart, StepInputs
 from engine.token_pool import TokenPool
 
 
@@ -27,7 +29,8 @@ class PreparedStep:
     """A step that can run: what its layers read (None without tokens), and where its draws come from and go to.
 
     `sampled_tokens` [K] are the drawn hidden states' places, None where all are drawn, each in its place. `sections`
-    are the plan's arrays on the device. The token drawn k-th goes to the pool at (`drawn_rows`, `drawn_positions`) [K].
+    are the plan's arrays on the device. The token drawn k-th goes to the pool at (`drawn_rows`, `drawn_positions`) [K],
+    or the `order`[k]-th does.
     """
 
     inputs: StepInputs | None
@@ -36,19 +39,21 @@ class PreparedStep:
     sampled_tokens: Tensor | None
     drawn_rows: Tensor
     drawn_positions: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class _Repeatable:
     """The last step, of decodes alone: the next may be the same a token further.
 
-    `counters` [3, D] are positions, slots and lengths. `drawn` comes when the step has run.
+    `counters` [3, D] are positions, slots and lengths. `drawn` comes when the step has run, in the order of its inputs.
     """
 
     step: PreparedStep
     inputs: StepInputs
     cut: Cut
     counters: Tensor
+    order: DecodeOrder | None
     drawn: Tensor | None = None
 
 
@@ -69,16 +74,22 @@ class InputPreparation:
         )
         self._sampling = SamplingTable(config.max_sequences, config.model.vocab_size, config.model.eos_token_ids)
         self._last: _Repeatable | None = None
+        keys = kv_cache.keys[0]
+        self._block_bytes = 2 * keys[0].numel() * keys.element_size()
 
     def prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
         """The batch, to be run by a schedule with this cut."""
         last = self._last
         if batch.repeats and last is not None and last.drawn is not None and last.cut == cut:
-            return self._advance(last, last.drawn, batch)
+            step = self._advance(last, last.drawn, batch)
+            if step is not None:
+                return step
         return self._prepare(batch, cut)
 
     def drawn(self, step: PreparedStep, token_ids_K: Tensor) -> None:
         """The prepared step has drawn these tokens; they are what its rows compute next."""
+        if step.order is not None:
+            token_ids_K = token_ids_K[step.order]
         self.pool.write_tokens(step.drawn_rows, step.drawn_positions, token_ids_K)
         if self._last is not None and self._last.step is step:
             self._last.drawn = token_ids_K
@@ -86,13 +97,14 @@ class InputPreparation:
     def _prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
         for admission in batch.admissions:
             self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
-        arrays = _step_arrays(batch, cut, self._kv_cache.block_size)
+        order = self._order(batch, cut)
+        arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None if order is None else order.order)
         plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
         staged = stage(_update_arrays(batch) | arrays | plan.arrays, self._device)
         if batch.admissions:
             self.pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
         self._write_blocks(batch, staged)
-        inputs = self._step_inputs(batch, arrays["length"], staged) if len(batch.rows) else None
+        inputs = self._step_inputs(batch, arrays["length"], staged, order) if len(batch.rows) else None
         step = PreparedStep(
             inputs=inputs,
             plan=plan,
@@ -103,46 +115,82 @@ class InputPreparation:
         )
         self._last = None
         if inputs is not None and batch.num_decodes == len(batch.rows) == len(batch.sampled):
-            step = self._remember(step, inputs, cut)
+            step = self._remember(step, inputs, cut, order)
         return step
 
-    def _remember(self, step: PreparedStep, inputs: StepInputs, cut: Cut) -> PreparedStep:
+    def _order(self, batch: Batch, cut: Cut) -> DecodeOrder | None:
+        """On a CPU, where nothing is cut, decodes lie in order of length if that pays."""
+        if self._device.type != "cpu" or len(cut.nano_batches) != 1 or batch.num_decodes < 2:
+            return None
+        lengths = batch.starts[: batch.num_decodes].astype(np.int64) + 1
+        return DecodeOrder.of(lengths, block_size=self._kv_cache.block_size, block_bytes=self._block_bytes)
+
+    def _remember(self, step: PreparedStep, inputs: StepInputs, cut: Cut, order: DecodeOrder | None) -> PreparedStep:
         """The same step, of decodes alone, on tensors that can be advanced."""
         counters = torch.stack((inputs.positions, inputs.slots, inputs.decode_lengths))
         positions_D, slots_D, lengths_D = counters.unbind()
-        inputs = replace(inputs, positions=positions_D, slots=slots_D, decode_lengths=lengths_D)
-        step = replace(step, inputs=inputs, drawn_positions=lengths_D)
-        self._last = _Repeatable(step=step, inputs=inputs, cut=cut, counters=counters)
+        parts = tuple(replace(part, lengths=lengths_D[part.start : part.stop]) for part in inputs.decode_parts)
+        inputs = replace(inputs, positions=positions_D, slots=slots_D, decode_lengths=lengths_D, decode_parts=parts)
+        step = replace(step, inputs=inputs, drawn_rows=step.sections["row"], drawn_positions=lengths_D)
+        if order is not None:
+            step = replace(step, order=torch.from_numpy(order.order))
+        self._last = _Repeatable(step=step, inputs=inputs, cut=cut, counters=counters, order=order)
         return step
 
-    def _advance(self, last: _Repeatable, drawn_D: Tensor, batch: Batch) -> PreparedStep:
-        """The last step once more, of the tokens that it drew."""
-        before = last.inputs
+    def _advance(self, last: _Repeatable, drawn_D: Tensor, batch: Batch) -> PreparedStep | None:
+        """The last step once more, of the tokens that it drew; None where it is to be prepared anew after all."""
+        inputs = last.inputs
         last.counters.add_(1)
-        longest = before.max_decode_length + 1
-        tables = before.decode_block_tables
+        longest = inputs.max_decode_length + 1
         if len(batch.block_updates):
+            if last.order is None and self._order(batch, last.cut) is not None:
+                return None
             self._write_blocks(batch, stage(_update_arrays(batch), self._device))
-            rows_D, block_size = last.step.drawn_rows, self._kv_cache.block_size
-            indices_D = before.positions // block_size
-            offsets_D = before.positions - indices_D * block_size
-            before.slots.copy_(self.pool.slots(rows_D, indices_D, offsets_D, block_size))
-            tables = self.pool.tables(rows_D, -(-longest // block_size))
+            inputs = self._with_new_blocks(last, batch, longest)
         plan, sections = last.step.plan, last.step.sections
         if plan.arrays:
             lengths = batch.starts.astype(np.int64) + 1
             plan = self._sampling.plan(batch.rows.astype(np.int64), lengths, self._returns_logprobs)
             sections = stage(plan.arrays, self._device)
-        inputs = replace(before, tokens=drawn_D, decode_block_tables=tables, max_decode_length=longest)
+        inputs = replace(inputs, tokens=drawn_D, max_decode_length=longest)
         step = replace(last.step, inputs=inputs, plan=plan, sections=sections)
         last.step, last.inputs, last.drawn = step, inputs, None
         return step
+
+    def _with_new_blocks(self, last: _Repeatable, batch: Batch, longest: int) -> StepInputs:
+        """The inputs with tables and slots as they are now."""
+        inputs, rows_D, block_size = last.inputs, last.step.drawn_rows, self._kv_cache.block_size
+        indices_D = inputs.positions // block_size
+        offsets_D = inputs.positions - indices_D * block_size
+        inputs.slots.copy_(self.pool.slots(rows_D, indices_D, offsets_D, block_size))
+        tables = self.pool.tables(rows_D, -(-longest // block_size))
+        if last.order is None:
+            return replace(inputs, decode_block_tables=tables)
+        lengths = batch.starts.astype(np.int64)[last.order.order] + 1
+        ranges = parts_of(lengths, block_size=block_size, block_bytes=self._block_bytes)
+        parts = self._parts(ranges, rows_D, inputs.decode_lengths)
+        return replace(inputs, decode_block_tables=tables, decode_parts=parts)
+
+    def _parts(
+        self, ranges: Sequence[tuple[int, int, int]], rows_D: Tensor, lengths_D: Tensor
+    ) -> tuple[DecodePart, ...]:
+        return tuple(
+            DecodePart(
+                start=start,
+                stop=stop,
+                block_tables=self.pool.tables(rows_D[start:stop], num_blocks),
+                lengths=lengths_D[start:stop],
+            )
+            for start, stop, num_blocks in ranges
+        )
 
     def _write_blocks(self, batch: Batch, staged: dict[str, Tensor]) -> None:
         if len(batch.block_updates):
             self.pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
 
-    def _step_inputs(self, batch: Batch, lengths: Int64s, staged: dict[str, Tensor]) -> StepInputs:
+    def _step_inputs(
+        self, batch: Batch, lengths: Int64s, staged: dict[str, Tensor], order: DecodeOrder | None
+    ) -> StepInputs:
         """What the layers read; everything per token is gathered on the device."""
         block_size = self._kv_cache.block_size
         num_decodes = batch.num_decodes
@@ -162,6 +210,7 @@ class InputPreparation:
             prefill_chunk_sizes=tuple(batch.counts[num_decodes:].tolist()),
             prefill_context_lengths=tuple(lengths[num_decodes:].tolist()),
             kv_cache=self._kv_cache,
+            decode_parts=() if order is None else self._parts(order.parts, rows_S, lengths_S),
         )
 
 
@@ -181,28 +230,35 @@ def _update_arrays(batch: Batch) -> dict[str, HostArray]:
     return arrays
 
 
-def _step_arrays(batch: Batch, planned: Cut, block_size: int) -> dict[str, Int64s]:
-    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut.
+def _step_arrays(batch: Batch, planned: Cut, block_size: int, order: Int64s | None) -> dict[str, Int64s]:
+    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut, of
+    the batch's decodes in `order`.
 
     In a step of decodes alone several of them are the same, and no "sampled_token" says that every hidden state is
     drawn from, in its place.
     """
     rows, starts = batch.rows.astype(np.int64), batch.starts.astype(np.int64)
-    lengths = starts + batch.counts
-    arrays = {"row": rows, "length": lengths, "token_row": rows, "token_position": starts}
+    draws_all = len(batch.sampled) == len(rows)
+    drawn_rows, ends = rows, starts + batch.counts
+    if not draws_all:
+        drawn_rows, ends = rows[batch.sampled], ends[batch.sampled]
+    if order is not None:
+        rows, starts = (np.concatenate((array[order], array[len(order) :])) for array in (rows, starts))
     has_prefills = len(rows) > batch.num_decodes
+    arrays = {"row": rows, "length": starts + batch.counts, "token_row": rows, "token_position": starts}
+    if order is None and draws_all:
+        ends = arrays["length"]  # so it travels once
+    arrays["sampled_row"], arrays["sampled_position"] = drawn_rows, ends
     if has_prefills:
         arrays["token_row"] = np.repeat(rows, batch.counts)
         arrays["token_position"] = _ranges(starts, batch.counts.astype(np.int64))
     arrays["token_block"], arrays["token_offset"] = np.divmod(arrays["token_position"], block_size)
-    arrays["sampled_row"], arrays["sampled_position"] = rows, lengths
-    draws_all = len(batch.sampled) == len(rows)
-    if not draws_all:
-        arrays["sampled_row"], arrays["sampled_position"] = rows[batch.sampled], lengths[batch.sampled]
-    if has_prefills or not draws_all or len(planned.nano_batches) > 1:
+    if order is not None or has_prefills or not draws_all or len(planned.nano_batches) > 1:
         cut = planned.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
-        ends = batch.counts.cumsum(dtype=np.int64)
-        arrays["sampled_token"] = cut.positions_of(ends[batch.sampled] - 1)
+        places = batch.counts.cumsum(dtype=np.int64) - 1
+        if order is not None:
+            places[order] = np.arange(len(order))
+        arrays["sampled_token"] = cut.positions_of(places[batch.sampled])
     return arrays
 
 

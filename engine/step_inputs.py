@@ -14,6 +14,16 @@ from engine.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePart:
+    """The decodes `start` to `stop`, to be attended by themselves: tables [n, B] as wide as the longest needs."""
+
+    start: int
+    stop: int
+    block_tables: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """What every layer of one forward pass shares.
 
@@ -21,7 +31,8 @@ class StepInputs:
     `decode_block_tables` [D, B] and `decode_lengths` [D]: blocks and context length (the new token included) of
     each decode. `prefill_block_tables` [P, B]. The chunks follow the decodes in order, `prefill_chunk_sizes` tokens
     each; `prefill_context_lengths` count each sequence's tokens up to and including its chunk. Host-side integers are
-    known without a device synchronisation. `prefill_plans`, by sliding window: the first layer to need one makes it.
+    known without a device synchronisation. `decode_parts` together are all decodes, if there are any: who can attend
+    them at less cost than all at once does. `prefill_plans`, by sliding window: the first layer to need one makes it.
     """
 
     tokens: Tensor
@@ -35,4 +46,5 @@ class StepInputs:
     prefill_chunk_sizes: tuple[int, ...]
     prefill_context_lengths: tuple[int, ...]
     kv_cache: KVCache
+    decode_parts: tuple[DecodePart, ...] = ()
     prefill_plans: dict[int | None, PrefillPlan] = field(default_factory=dict, compare=False, repr=False)

@@ -139,4 +139,5 @@ def _write(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, va
     blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
     largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
     for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
-        cache[blocks_T, :, offsets_T] = new_TKd.nan_to_num(0.0).clamp(-largest, largest)
+        number_TKd = new_TKd.where(new_TKd == new_TKd, 0.0)  # not nan_to_num, which becomes a loop over elements
+        cache[blocks_T, :, offsets_T] = number_TKd.clamp(-largest, largest)

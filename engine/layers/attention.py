@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.kernels import reference
+from engine.kernels.compiled import CompiledKernel
 from engine.kernels.fused import rotate
 from engine.kernels.kernel import Argument, Kernel
 from engine.kernels.prefill import PrefillPlan, prefill_attention
@@ -112,7 +113,7 @@ class DecodeAttention(Operation):
             return query_DHd.flatten(1)
         keys, values = step.kv_cache.layer(self.layer)
         if self.compiled is not None:
-            return self.compiled(query_DHd, *self.step_tensors(step))[0].flatten(1)
+            return self._compute_compiled(self.compiled, query_DHd, step).flatten(1)
         output_DHd = reference.decode_attention(
             query_DHd,
             keys,
@@ -124,6 +125,17 @@ class DecodeAttention(Operation):
             self.window,
         )
         return output_DHd.flatten(1)
+
+    def _compute_compiled(self, compiled: CompiledKernel, query_DHd: Tensor, step: StepInputs) -> Tensor:
+        if not step.decode_parts:
+            return compiled(query_DHd, *self.step_tensors(step))[0]
+        cache = step.kv_cache.layer(self.layer)
+        return torch.cat(
+            [
+                compiled(query_DHd[part.start : part.stop], *cache, part.block_tables, part.lengths)[0]
+                for part in step.decode_parts
+            ]
+        )
 
     def kernel(self, dtype: str, block_size: int) -> Kernel | None:
         """See `Operation`. A window would be read to its full context."""

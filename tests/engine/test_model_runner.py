@@ -1,15 +1,17 @@
 """The runner with a small real model: the same tokens in any batch, any chunking, any row, and one step ahead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.input_preparation import InputPreparation
 from engine.kv_cache import KVCache
 from engine.model_config import Architecture, DType
 from engine.model_runner import ModelRunner
@@ -22,7 +24,7 @@ from engine.request import SamplingParams
 from engine.sampler import sample
 from engine.sampling_table import SamplingTable
 from engine.staging import stage
-from engine.step_inputs import StepInputs
+from engine.step_inputs import DecodePart, StepInputs
 from engine.tensor_parallel import TensorParallel
 from engine.token_pool import TokenPool
 from tests.engine.batch_script import BatchScript
@@ -202,6 +204,41 @@ def test_a_repeated_step_is_the_same_step(
     assert num_repeats == 10
     assert [len(row_tokens) for row_tokens in tokens] == [11, 13, 11, 13]
     assert [row_tokens[:11] for row_tokens in tokens] == [row_tokens[:11] for row_tokens in alone]
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["prepared anew", "told that it repeats"])
+def test_decodes_in_order_of_length(
+    launch: Callable[[Batch], PendingStep], alone: list[list[int]], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every length is a part of its own, decodes lie in another order than their batch's, alone and beside
+    chunks, also where lengths come apart while the same rows go on.
+    """
+    monkeypatch.setattr("engine.decode_order._PART_BYTES", 0)
+    parts_used: list[int] = []
+    original = InputPreparation._parts
+
+    def counted(
+        self: InputPreparation, ranges: Sequence[tuple[int, int, int]], rows: Tensor, lengths: Tensor
+    ) -> tuple[DecodePart, ...]:
+        parts_used.append(len(ranges))
+        return original(self, ranges, rows, lengths)
+
+    monkeypatch.setattr(InputPreparation, "_parts", counted)
+    script = BatchScript(NUM_BLOCKS, CONFIG.block_size)
+    rows = range(len(PROMPTS))
+    for row in rows:
+        script.admit(row, PROMPTS[row], SAMPLINGS[row])
+    tokens = [[token] for token in drawn(launch(script.step(prefills=[(row, len(PROMPTS[row])) for row in rows])))]
+    while len(tokens[0]) < NUM_TOKENS:
+        chunks = [(5, 1)] if len(tokens[0]) in (4, 5) else []
+        if len(tokens[0]) == 4:
+            script.admit(5, [3, 4, 5], SamplingParams())
+        batch = script.step(decodes=rows, prefills=chunks)
+        for row, token in zip(rows, drawn(launch(replace(batch, repeats=batch.repeats and told))), strict=True):
+            tokens[row].append(token)
+    assert tokens == alone
+    if launch.__self__.device.type == "cpu":  # type: ignore[attr-defined]
+        assert max(parts_used) >= 3
 
 
 def test_preempted_sequence_goes_on_in_another_row(
