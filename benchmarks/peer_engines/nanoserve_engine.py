@@ -1,6 +1,7 @@
 """This project's engine, as `bench offline` runs it: `LLMEngine` with its one rank in this process."""
 
 import asyncio
+from dataclasses import replace
 from typing import Final
 
 from peer_engines.peer import Peer
@@ -22,16 +23,21 @@ def engine_config(setup: EngineSetup) -> EngineConfig:
     model = ModelConfig.from_checkpoint(setup.checkpoint)
     dtype = DType(setup.dtype)
     bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.num_bytes
-    return EngineConfig(
+    config = EngineConfig(
         model=model,
         checkpoint=setup.checkpoint,
         dtype=dtype,
         max_model_len=setup.max_model_len,
         max_batch_tokens=MAX_BATCH_TOKENS,
         max_sequences=setup.max_sequences,
-        cache_bytes=setup.cache_tokens * bytes_per_token,
         num_threads=setup.num_threads,
     )
+    return replace(config, cache_bytes=cache_tokens(setup, config.block_size) * bytes_per_token)
+
+
+def cache_tokens(setup: EngineSetup, block_size: int) -> int:
+    """Of `cache_tokens` in blocks of so many, with a block of each request partly filled."""
+    return setup.cache_tokens + block_size * (setup.max_sequences + 1)
 
 
 class NanoserveEngine:

@@ -19,6 +19,7 @@ from engine.model_config import DType, ModelConfig
 
 MODEL_NAME: Final = "model"
 _ROOT: Final = Path(__file__).resolve().parents[2]
+_NANOSERVE_BLOCK_TOKENS: Final = 64
 _VLLM_BLOCK_TOKENS: Final = 128
 
 
@@ -71,7 +72,7 @@ def _nanoserve(setup: EngineSetup, port: int) -> list[str]:
         "max-model-len": setup.max_model_len,
         "max-sequences": setup.max_sequences,
         "max-batch-tokens": MAX_BATCH_TOKENS,
-        "cache": setup.cache_tokens * _bytes_per_token(setup),
+        "cache": nanoserve_engine.cache_tokens(setup, _NANOSERVE_BLOCK_TOKENS) * _bytes_per_token(setup),
         "plan-seconds": 0,
     }
     return ["-m", "cluster.cli", "serve", str(setup.checkpoint), *_options(options)]

@@ -166,7 +166,7 @@ def test_every_server_gets_the_offline_engines_limits(serving_peers: ModuleType,
     own = arguments(serving_peers, "nanoserve", setup)
     vllm = arguments(serving_peers, "vllm-eager", setup)
     llama = arguments(serving_peers, "llama-cpp", setup)
-    assert own["--cache"] == str(1000 * BYTES_PER_TOKEN)
+    assert own["--cache"] == str((1000 + 64 * 5) * BYTES_PER_TOKEN)
     assert vllm["--kv-cache-memory-bytes"] == str((1000 + 128 * 5) * BYTES_PER_TOKEN)
     assert llama["--ctx-size"] == str(4 * 512), "300 rounded up, for each sequence"
     assert (own["--max-sequences"], vllm["--max-num-seqs"], llama["--parallel"]) == ("4", "4", "4")
