@@ -10,6 +10,7 @@ from peer_engines.worker_loop import serve
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
+from engine.event_loop import new_event_loop
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine
 from engine.model_config import DType, ModelConfig
@@ -46,7 +47,7 @@ class NanoserveEngine:
     def __init__(self, setup: EngineSetup) -> None:
         config = engine_config(setup)
         self.version = "this working tree"
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=new_event_loop)
         self._num_runs = 0
         self._engine = LLMEngine(config, InlineExecutor(config))
         self._runner.run(self._engine.start())
