@@ -35,7 +35,7 @@ from engine.kernels.reference import LARGEST_CACHED
 _log = logging.getLogger(__name__)
 
 # Of the sizes that differ from call to call, what a kernel is traced with. They decide where it uses several threads.
-_EXAMPLES = {"T": 64, "D": 64, "B": 16, "N": 512, "M": 1024}
+_EXAMPLES = {"T": 64, "D": 64, "B": 16, "N": 512, "M": 1024, "U": 64, "Q": 48}
 _TIMEOUT_SECONDS = 300.0
 # Functions that are sums, whose order is the compiler's anyway: products and additions may be one instruction.
 _SUMS = ("decode_attention",)

@@ -5,6 +5,8 @@ branches on values, so that `compiled` can export them once for every batch size
 F columns, h = d / 2 frequencies, M positions.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -103,6 +105,54 @@ def _num_parts(head_dim: int, group_size: int) -> int:
     """How many parts of a head are summed side by side: of 32 elements, and no more sums than registers hold."""
     fits = (parts for parts in (4, 2) if head_dim % (32 * parts) == 0 and group_size * parts <= 8)
     return next(fits, 1)
+
+
+def attend_tiles(
+    query_QHd: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows_Un: Tensor,
+    tiles_UB: Tensor,
+    limits_Un: Tensor,
+    output_QHd: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of some rows of queries, into their places of the output; see `engine.kernels.prefill.Group`.
+
+    Query heads of a group are rows of one product. Scores are products in float32; those of bfloat16 blocks let oneDNN
+    take the factors as bfloat16, which they are, and so lose nothing. Their weights, at most one, are rounded to
+    bfloat16 before they meet the values, as FlashAttention does (Dao et al. 2022). Returns nothing of use.
+    """
+    num_units, num_queries = rows_Un.shape
+    num_kv_heads, block_size, head_dim = keys.shape[1:]
+    group_size = query_QHd.shape[1] // num_kv_heads
+    wide = torch.float32 if keys.element_size() == 2 else keys.dtype
+    narrow = keys.dtype if keys.dtype is torch.bfloat16 and has_bfloat16_products() else wide
+    query_UnGd = query_QHd.view(-1, group_size, head_dim)[rows_Un].to(wide)
+    query_UMd = query_UnGd.transpose(1, 2).reshape(num_units, -1, head_dim)
+    keys_ULd, values_ULd = (
+        cache.view(-1, block_size, head_dim)[tiles_UB].to(dtype).view(num_units, -1, head_dim)
+        for cache, dtype in ((keys, wide), (values, narrow))
+    )
+    scores_UGnL = torch.bmm(query_UMd, keys_ULd.transpose(1, 2)).view(num_units, group_size, num_queries, -1) * scale
+    positions_L = torch.arange(keys_ULd.shape[1], device=keys.device)
+    visible_U1nL = positions_L < limits_Un[:, None, :, None]
+    if window is not None:
+        visible_U1nL = visible_U1nL & (positions_L >= limits_Un[:, None, :, None] - window)
+    weights_UGnL = scores_UGnL.where(visible_U1nL, float("-inf")).softmax(-1).to(narrow)
+    attended_UMd = torch.bmm(weights_UGnL.view(num_units, group_size * num_queries, -1), values_ULd)
+    attended_UnGd = attended_UMd.view(num_units, group_size, num_queries, head_dim).transpose(1, 2)
+    output_QHd.view(-1, group_size, head_dim)[rows_Un] = attended_UnGd.to(output_QHd.dtype)
+    return limits_Un.new_zeros(1)
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def best_token_ids(logits_TV: Tensor) -> Tensor:

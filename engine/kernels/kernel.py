@@ -29,7 +29,7 @@ class KernelCall:
 
     function: str
     inputs: tuple[int, ...]
-    constants: tuple[tuple[str, float], ...] = ()
+    constants: tuple[tuple[str, float | None], ...] = ()
 
     def bound(self) -> Callable[..., Tensor]:
         """What it calls."""
@@ -46,7 +46,7 @@ class Kernel:
 
     @classmethod
     def of(
-        cls, function: str, arguments: tuple[Argument, ...], constants: tuple[tuple[str, float], ...] = ()
+        cls, function: str, arguments: tuple[Argument, ...], constants: tuple[tuple[str, float | None], ...] = ()
     ) -> "Kernel":
         """One function of all the arguments."""
         return cls(arguments, (KernelCall(function, tuple(range(len(arguments))), constants),), (0,))

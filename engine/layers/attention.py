@@ -171,6 +171,7 @@ class PrefillAttention(Operation):
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.layer = layer
+        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.sliding_window(layer)
         self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
@@ -184,7 +185,10 @@ class PrefillAttention(Operation):
         keys, values = step.kv_cache.layer(self.layer)
         if not keys.is_cuda:
             plan = self._plan(query_QHd, keys, step)
-            return prefill_attention(query_QHd, keys, values, plan, self.scale).flatten(1)
+            attended_QHd = prefill_attention(
+                query_QHd, keys, values, plan, scale=self.scale, window=self.window, compiled=self.compiled
+            )
+            return attended_QHd.flatten(1)
         output_QHd = reference.prefill_attention(
             query_QHd,
             keys,
@@ -207,11 +211,19 @@ class PrefillAttention(Operation):
                 step.prefill_context_lengths,
                 num_kv_heads=keys.shape[1],
                 num_heads=query_QHd.shape[1],
-                head_dim=query_QHd.shape[2],
                 block_size=keys.shape[2],
                 window=self.window,
             )
         return plan
+
+    def kernel(self, dtype: str, block_size: int) -> Kernel | None:
+        """See `Operation`: a group of a `PrefillPlan`."""
+        num_heads, num_kv_heads = self.query_width // self.head_dim, self.cached_width // (2 * self.head_dim)
+        cache = Argument(dtype, ("N", num_kv_heads, block_size, self.head_dim))
+        query = Argument(dtype, ("T", num_heads, self.head_dim))
+        indices = (Argument("int64", ("U", size)) for size in ("Q", "B", "Q"))
+        constants = (("scale", self.scale), ("window", self.window))
+        return Kernel.of("attend_tiles", (query, cache, cache, *indices, query), constants)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Every token meets its context; what is cached is read once a chunk.

@@ -61,11 +61,10 @@ def attended(
         lengths,
         num_kv_heads=keys.shape[1],
         num_heads=query.shape[1],
-        head_dim=HEAD_DIM,
         block_size=keys.shape[2],
         window=window,
     )
-    return prefill.prefill_attention(query, keys, values, plan, 0.3)
+    return prefill.prefill_attention(query, keys, values, plan, scale=0.3, window=window)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -128,7 +127,7 @@ def test_what_lies_beyond_a_sequence_does_not_matter() -> None:
 def test_similar_chunks_are_attended_together() -> None:
     sizes = (60, 64, 300, 62)
     *_, tables = paged(sizes, sizes, 4, 2, 16, torch.float32)
-    plan = PrefillPlan.of(
-        tables, sizes, sizes, num_kv_heads=2, num_heads=4, head_dim=HEAD_DIM, block_size=16, window=None
-    )
-    assert [group.num_chunks for group in plan.groups] == [3, 1]
+    plan = PrefillPlan.of(tables, sizes, sizes, num_kv_heads=2, num_heads=4, block_size=16, window=None)
+    shapes = [tuple(group.rows.shape) for group in plan.groups]
+    assert sum(num_units for num_units, _ in shapes) == 2 * (3 + 5)
+    assert (2 * 4, 64) in shapes, "three prompts and the first tile of the fourth, for two KV heads"
