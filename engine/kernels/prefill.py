@@ -106,7 +106,7 @@ def prefill_attention(query_QHd: Tensor, keys: Tensor, values: Tensor, plan: Pre
     num_kv_heads, _, head_dim = keys.shape[1:]
     output_QHd = torch.empty_like(query_QHd)
     in_bfloat16 = keys.dtype is torch.bfloat16 and _has_bfloat16_products()
-    wide = torch.float32 if keys.element_size() == 2 else keys.dtype
+    wide = torch.float32 if keys.element_size() <= 2 else keys.dtype
     weights = torch.bfloat16 if in_bfloat16 else wide
     for group in plan.groups:
         shape = (group.num_chunks, -1, num_kv_heads, query_QHd.shape[1] // num_kv_heads, head_dim)

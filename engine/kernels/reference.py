@@ -38,7 +38,7 @@ def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, 
     largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
     for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
         finite_TKd = new_TKd.nan_to_num(0.0).clamp_(-largest, largest)
-        cache.view(-1, head_dim).index_copy_(0, rows, finite_TKd.view(-1, head_dim))
+        cache.view(-1, head_dim).index_copy_(0, rows, finite_TKd.to(cache.dtype).view(-1, head_dim))
 
 
 def decode_attention(
@@ -147,6 +147,8 @@ def _grouped(query_THd: Tensor, num_kv_heads: int) -> Tensor:
 
 def _compute_dtype(cache: Tensor) -> torch.dtype:
     """The type to attend in; see the module's docstring."""
+    if cache.element_size() == 1:  # FP8, of scale 1: it holds, and computes nothing
+        return torch.float32
     return torch.float32 if cache.element_size() == 2 and not cache.is_cuda else cache.dtype
 
 
