@@ -45,7 +45,8 @@ def check_host_memory(config: EngineConfig, num_groups: int = 1) -> None:
     if num_ranks * weights > free:
         raise CapacityError(
             f"The weights of {num_ranks} ranks take {num_ranks * weights / 2**30:.2f} GiB in "
-            f"{config.number_format.value}, but only {free / 2**30:.2f} GiB of this machine's memory are free: use a smaller dtype or model."
+            f"{config.number_format.value}, but only {free / 2**30:.2f} GiB of this machine's memory are free: use a "
+            "smaller dtype or model."
         )
     # A size that the user gave is every rank's own; the default is a share of what its group gets.
     is_given = config.cache_bytes is not None or config.num_blocks is not None

@@ -38,7 +38,10 @@ def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, 
     largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
     for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
         finite_TKd = new_TKd.nan_to_num(0.0).clamp_(-largest, largest)
-        cache.view(-1, head_dim).index_copy_(0, rows, finite_TKd.to(cache.dtype).view(-1, head_dim))
+        stored_TKd = finite_TKd.to(cache.dtype)
+        if cache.element_size() == 1:  # FP8 is copied as bytes: torch has no index_copy_ for it
+            cache, stored_TKd = cache.view(torch.uint8), stored_TKd.view(torch.uint8)
+        cache.view(-1, head_dim).index_copy_(0, rows, stored_TKd.view(-1, head_dim))
 
 
 def decode_attention(
