@@ -24,8 +24,11 @@ class Fp8Checkpoint:
             return None
         quantization = config.object("quantization_config")
         method = quantization.text("quant_method", default="unknown")
-        if method == "fp8" and quantization.text("fmt", default="e4m3").startswith(("e4m3", "float8_e4m3")):
-            return cls(block=_block(quantization, "weight_block_size"))
+        if method == "fp8":
+            form = quantization.text("fmt", default="e4m3")
+            if form in ("e4m3", "float8_e4m3fn"):
+                return cls(block=_block(quantization, "weight_block_size"))
+            method = f"{method} as {form}"
         if method == "compressed-tensors":
             form = quantization.text("format", default="of no format")
             method = f"{method}, {form}"
