@@ -87,7 +87,11 @@ async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Reque
             bar.update(done - bar.n)
 
         engine = LLMEngine(config, InlineExecutor(config, progress))
-        await engine.start()
+        try:
+            await engine.start()
+        except BaseException:
+            await engine.close()
+            raise
     started = time.perf_counter()
     num_tokens = 0
     detokenizer = tokenizer.detokenizer()

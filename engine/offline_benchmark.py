@@ -163,8 +163,8 @@ class OfflineBenchmark:
         """
         executor = InlineExecutor(self._config)
         engine = LLMEngine(self._config, executor)
-        await engine.start()
         try:
+            await engine.start()
             peaks = [executor.measure(measure_gemm_peak)]
             requests = [self._request(index) for index in range(len(self._workload.requests))]
             sink = _CountingSink(len(requests), self._progress)
