@@ -39,15 +39,7 @@ def grouped_fp8_product(sorted_SI: Tensor, weight_XOI: Tensor, scales_XO: Tensor
     """
     if _has_grouped_product(sorted_SI, weight_XOI):
         values_SI, scales_S = quantised(sorted_SI)
-        return torch._scaled_grouped_mm(
-            values_SI,
-            weight_XOI.transpose(1, 2),
-            scales_S,
-            scales_XO,
-            offs=ends_X,
-            out_dtype=sorted_SI.dtype,
-            use_fast_accum=True,
-        )
+        return torch_grouped_product(values_SI, scales_S, weight_XOI, scales_XO, ends_X)
     output_SO = sorted_SI.new_empty(sorted_SI.shape[0], weight_XOI.shape[1])
     start = 0
     for expert, end in enumerate(ends_X.tolist()):
@@ -55,6 +47,21 @@ def grouped_fp8_product(sorted_SI: Tensor, weight_XOI: Tensor, scales_XO: Tensor
             fp8_product(sorted_SI[start:end], weight_XOI[expert], scales_XO[expert], output_TO=output_SO[start:end])
         start = end
     return output_SO
+
+
+def torch_grouped_product(
+    values_SI: Tensor, scales_S: Tensor, weight_XOI: Tensor, scales_XO: Tensor, ends_X: Tensor
+) -> Tensor:
+    """The same of rows that are quantised already, by torch, to bfloat16: it reads `ends` on the device."""
+    return torch._scaled_grouped_mm(
+        values_SI,
+        weight_XOI.transpose(1, 2),
+        scales_S,
+        scales_XO,
+        offs=ends_X,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
 
 
 def quantised(hidden_TE: Tensor) -> tuple[Tensor, Tensor]:

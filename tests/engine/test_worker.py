@@ -207,6 +207,22 @@ def test_fp8_through_the_whole_rank(config: EngineConfig) -> None:
         each.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp8_on_a_gpu_begins_as_emulated(config: EngineConfig) -> None:
+    """The first greedy tokens; what follows a rounding that differs may differ."""
+    fp8 = replace(config, dtype=DType.BFLOAT16, product_format=NumberFormat.FP8, block_size=16, max_model_len=128)
+    on_gpu, emulated = Worker(replace(fp8, device=DeviceKind.CUDA)), Worker(fp8, emulates_fp8=True)
+    for worker in (on_gpu, emulated):
+        worker.start()
+    assert run_steps(on_gpu)[0] == run_steps(emulated)[0]
+    use = on_gpu.memory()
+    assert use is not None
+    assert use.device_parts[MemoryPart.KV_CACHE] == NUM_BLOCKS * bytes_per_block(fp8)
+    for worker in (on_gpu, emulated):
+        worker.close()
+
+
 # --- sizing -----------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import torch
 
 from engine.batch_shape import BatchShape
 from engine.gemm_peak import linear_flops_per_second
-from engine.kernels.fp8_product import fp8_product, grouped_fp8_product, quantised
+from engine.kernels.fp8_product import fp8_product, grouped_fp8_product, quantised, torch_grouped_product
 from engine.kernels.row_scales import dequantise_rows, quantise_into, quantise_rows_reference
 from engine.layers.linear import ColumnParallelLinear, Linear, QKVLinear, RowParallelLinear
 from engine.layers.mixture_of_experts import GroupedExperts, MixtureOfExperts
@@ -96,3 +96,40 @@ def test_experts_read_half_the_weights() -> None:
 def test_the_peak_of_products_in_fp8_can_be_measured() -> None:
     pytest.importorskip("triton")
     assert linear_flops_per_second((16, 32, 16), torch.bfloat16, torch.device("cpu"), quick=True, in_fp8=True) > 0
+
+
+def test_torch_takes_the_grouped_product_in_this_layout() -> None:
+    """As far as shapes, strides and dtypes go, which it checks without a GPU."""
+    values_SI, weight_XOI = (
+        torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta") for shape in ((64, 128), (4, 32, 128))
+    )
+    scales_S, scales_XO = (torch.empty(shape, device="meta") for shape in (64, (4, 32)))
+    ends_X = torch.empty(4, dtype=torch.int32, device="meta")
+    output_SO = torch_grouped_product(values_SI, scales_S, weight_XOI, scales_XO, ends_X)
+    assert (output_SO.shape, output_SO.dtype) == ((64, 32), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_outputs", [256, 200])
+def test_a_gpu_computes_the_reference(num_outputs: int) -> None:
+    """Within what its tensor cores lose of a sum, and the rounding of the output."""
+    input_TI, weight_OI = torch.randn(130, 512).bfloat16(), torch.randn(num_outputs, 512)
+    bias_O = torch.randn(num_outputs).bfloat16()
+    operands = (input_TI, *quantise_rows_reference(weight_OI), bias_O)
+    expected_TO = fp8_product(*operands).float()
+    found_TO = fp8_product(*(operand.cuda() for operand in operands)).cpu().float()
+    assert (found_TO - expected_TO).norm() < 0.01 * expected_TO.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_outputs", [256, 200])
+def test_a_gpu_computes_the_grouped_reference(num_outputs: int) -> None:
+    sorted_SI, weight_XOI = torch.randn(130, 512).bfloat16(), torch.randn(4, num_outputs, 512)
+    values, scales = torch.empty_like(weight_XOI, dtype=torch.float8_e4m3fn), torch.empty(4, num_outputs)
+    quantise_into(values, scales, weight_XOI)
+    operands = (sorted_SI, values, scales, torch.tensor([60, 60, 61, 130], dtype=torch.int32))
+    expected_SO = grouped_fp8_product(*operands).float()
+    found_SO = grouped_fp8_product(*(operand.cuda() for operand in operands)).cpu().float()
+    assert (found_SO - expected_SO).norm() < 0.01 * expected_SO.norm()
