@@ -14,7 +14,7 @@ from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
 from cluster.tokenizer import Tokenizer
-from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_host_memory
+from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_cpu, check_host_memory
 from engine.cli import app as engine_app
 from engine.cli import bench
 
@@ -68,7 +68,8 @@ def serve(
     replicas: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (default: 8000).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 or fp8.")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of keys and values: auto (as dtype), fp8, ...")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed per step.")] = None,
@@ -105,6 +106,8 @@ def _check(config: ServingConfig, address: str | None) -> None:
     check_checkpoint(engine_config)
     Tokenizer.load(config.model)
     has_gpu = config.device == "auto" and shutil.which("nvidia-smi") is not None
+    if config.device == "cpu" or (address is None and not has_gpu):
+        check_cpu(engine_config)
     if address is None and not has_gpu:
         check_host_memory(engine_config, config.replicas)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from engine import CompileMode, ConfigError, DeviceKind, DType, EngineConfig, ModelConfig, PipelineMode
+from engine import CompileMode, ConfigError, DeviceKind, EngineConfig, ModelConfig, NumberFormat, PipelineMode
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -58,7 +58,8 @@ class ServingConfig(BaseModel):
     ingress_replicas: Count = 1
     tensor_parallel: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: DType | Literal["auto"] = "auto"
+    dtype: NumberFormat | Literal["auto"] = "auto"  # that of the checkpoint unless given; docs/fp8.md has what fp8 is
+    kv_cache_dtype: NumberFormat | Literal["auto"] = "auto"  # fp8 for dtype fp8, else as the activations
     threads: Count | None = None  # CPU threads of one rank; the machine's cores shared out unless given
 
     max_model_len: Count | None = None  # the model's own limit unless given
@@ -124,7 +125,9 @@ class ServingConfig(BaseModel):
         return EngineConfig(
             model=model,
             checkpoint=self.model,
-            dtype=model.dtype if self.dtype == "auto" else self.dtype,
+            dtype=model.dtype if self.dtype == "auto" else self.dtype.dtype,
+            product_format=None if self.dtype == "auto" else self.dtype,
+            kv_cache_format=None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
             device=device,
             tensor_parallel=self.tensor_parallel,
             max_model_len=self.max_model_len or model.max_position_embeddings,

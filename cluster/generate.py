@@ -34,7 +34,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that add up to this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fp8.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="Of keys and values: auto (as dtype), fp8, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     pipeline: Annotated[str, typer.Option(help="overlap, nanobatch or sequential.")] = "overlap",
 ) -> None:
@@ -45,7 +46,7 @@ def generate(
         prompt_ids = tokenizer.encode(text)
     else:
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": text}])
-    config = _engine_config(model, dtype, device, pipeline)
+    config = _engine_config(model, dtype, kv_cache_dtype, device, pipeline)
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, config.max_model_len - len(prompt_ids)))
     # The cache holds this one sequence, so that a model of a long context needs no more memory than its answer.
@@ -64,9 +65,16 @@ def generate(
     asyncio.run(_print_text(config, tokenizer, request, StopStrings([text for text in stop or [] if text])))
 
 
-def _engine_config(model: Path, dtype: str, device: str, pipeline: str) -> EngineConfig:
+def _engine_config(model: Path, dtype: str, kv_cache_dtype: str, device: str, pipeline: str) -> EngineConfig:
     """One prompt is not worth planning for: stored plans or none."""
-    settings = {"model": model, "dtype": dtype, "device": device, "pipeline": pipeline, "plan_seconds": 0}
+    settings = {
+        "model": model,
+        "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "device": device,
+        "pipeline": pipeline,
+        "plan_seconds": 0,
+    }
     recipe = ServingConfig.parse(settings, where="command line")
     return recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
 
@@ -79,7 +87,11 @@ async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Reque
             bar.update(done - bar.n)
 
         engine = LLMEngine(config, InlineExecutor(config, progress))
-        await engine.start()
+        try:
+            await engine.start()
+        except BaseException:
+            await engine.close()
+            raise
     started = time.perf_counter()
     num_tokens = 0
     detokenizer = tokenizer.detokenizer()

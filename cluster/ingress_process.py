@@ -72,4 +72,9 @@ class IngressProcess:
 
 def _fingerprint(config: EngineConfig) -> str:
     """OpenAI's `system_fingerprint`: equal where the same seed should draw the same tokens."""
-    return "fp_" + hashlib.blake2b(f"{config.model} {config.dtype}".encode(), digest_size=5).hexdigest()
+    return (
+        "fp_"
+        + hashlib.blake2b(
+            f"{config.model} {config.number_format} {config.cache_format}".encode(), digest_size=5
+        ).hexdigest()
+    )

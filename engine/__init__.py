@@ -18,6 +18,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.executor import CacheCapacity, Executor
+from engine.fp8_support import check_cpu
 from engine.host_memory import resident_memory
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine, OutputSink
@@ -26,6 +27,7 @@ from engine.loss_waterfall import LossWaterfall
 from engine.memory_budget import check_host_memory
 from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_config import DType, ModelConfig
+from engine.number_format import NumberFormat
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
@@ -61,6 +63,7 @@ __all__ = [
     "MemoryUse",
     "ModelConfig",
     "NanoserveError",
+    "NumberFormat",
     "OutputSink",
     "PipelineMode",
     "PlannedRequest",
@@ -78,6 +81,7 @@ __all__ = [
     "WorkloadName",
     "WorkloadSource",
     "check_checkpoint",
+    "check_cpu",
     "check_host_memory",
     "resident_memory",
 ]

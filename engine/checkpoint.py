@@ -18,7 +18,8 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library
-_ELEMENT_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FP8: Final = "F8_E4M3"  # as safetensors calls float8_e4m3fn
+_ELEMENT_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +32,17 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds plain floating-point numbers, which is all that can be loaded."""
+        """Whether it holds floating-point numbers that can be loaded, those in FP8 with the scales beside them."""
         return self.dtype in _ELEMENT_BYTES
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element; of plain floating-point tensors only."""
+        """Bytes of one element; of floating-point tensors only."""
         return _ELEMENT_BYTES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole tensor; of plain floating-point tensors only."""
+        """Bytes of the whole tensor; of floating-point tensors only."""
         return math.prod(self.shape) * self.element_bytes
 
 

@@ -20,6 +20,7 @@ from engine.commands.timeline import timeline
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import NanoserveError
 from engine.model_config import Architecture, DType, ModelConfig
+from engine.number_format import NumberFormat
 from engine.workloads.length_distribution import LengthRange
 from engine.workloads.named_workload import WorkloadName
 from engine.workloads.workload import Workload
@@ -73,7 +74,8 @@ def bench_offline(
     num_requests: NumRequests = None,
     length_divisor: LengthDivisor = 1,
     seed: Seed = 0,
-    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    dtype: Annotated[NumberFormat | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    kv_cache_dtype: Annotated[NumberFormat | None, typer.Option(help="Of keys and values (default: as dtype).")] = None,
     device: Annotated[DeviceKind | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed per step.")] = 2048,
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences running at once.")] = 256,
@@ -96,12 +98,15 @@ def bench_offline(
     planned = source.load()
     model_config = ModelConfig.from_checkpoint(model)
     chosen_device = device or _default_device()
+    activations = model_config.dtype if dtype is None else dtype.dtype
     if cache_bytes is None and chosen_device is DeviceKind.CPU:
-        cache_bytes = _cpu_cache_bytes(model_config, dtype or model_config.dtype, planned, max_sequences)
+        cache_bytes = _cpu_cache_bytes(model_config, activations, planned, max_sequences)
     config = EngineConfig(
         model=model_config,
         checkpoint=model,
-        dtype=dtype or model_config.dtype,
+        dtype=activations,
+        product_format=dtype,
+        kv_cache_format=kv_cache_dtype,
         device=chosen_device,
         max_model_len=max_model_len or min(planned.longest, model_config.max_position_embeddings),
         max_batch_tokens=max_batch_tokens,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
+from engine.number_format import NumberFormat
 
 
 class DeviceKind(StrEnum):
@@ -58,6 +59,10 @@ class EngineConfig:
     weights are loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the machine's
     cores divided by the ranks of this group).
 
+    Activations, norms, the embedding and the output head are of `dtype`. `product_format` is how the layers' matrix
+    products take weights and inputs: FP8, or as `dtype` is. None leaves that to the checkpoint and the device, until a
+    rank has one (`engine.fp8_support`). `kv_cache_format`: None is FP8 where the products are in it, else `dtype`.
+
     Where no plans are stored for this setup, a group that can overlap measures, plans and tries at its start. No bucket
     of batches is begun more than `plan_seconds` after that began, measuring included; the next start goes on with the
     rest. 0 uses stored plans only.
@@ -80,6 +85,8 @@ class EngineConfig:
     pipeline: PipelineMode = PipelineMode.OVERLAP
     plan_seconds: float = 45.0
     compile: CompileMode = CompileMode.AUTO
+    product_format: NumberFormat | None = None
+    kv_cache_format: NumberFormat | None = None
 
     def __post_init__(self) -> None:
         if self.block_size == 0:
@@ -107,6 +114,29 @@ class EngineConfig:
                 "the model was made for (max_position_embeddings in config.json)."
             )
         self.model.check_tensor_parallel(self.tensor_parallel)
+        for name in ("product_format", "kv_cache_format"):
+            chosen = getattr(self, name)
+            if chosen not in (None, NumberFormat.FP8, self.dtype):
+                shown = "kv_cache_dtype" if name == "kv_cache_format" else name
+                raise ConfigError(
+                    f"{shown} {chosen.value} does not go with activations in {self.dtype.value}: auto, fp8 and "
+                    f"{self.dtype.value} do."
+                )
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the layers' matrix products are in FP8."""
+        return self.product_format is NumberFormat.FP8
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """What a user calls all of it: that of the products."""
+        return self.product_format or NumberFormat(self.dtype.value)
+
+    @property
+    def cache_format(self) -> NumberFormat:
+        """What keys and values are stored in."""
+        return self.kv_cache_format or self.number_format
 
     @property
     def max_blocks_per_sequence(self) -> int:

@@ -24,7 +24,7 @@ def pack_weights(model: Decoder) -> None:
 def use_compiled_kernels(model: Decoder, pipeline: Pipeline, config: EngineConfig, tell: Callable[[str], None]) -> None:
     """Let the model's layers be computed by kernels compiled for this CPU. Pack its weights before."""
     dtype = config.dtype.value
-    if config.compile is CompileMode.NEVER or dtype not in _COMPILED_DTYPES:
+    if config.compile is CompileMode.NEVER or dtype not in _COMPILED_DTYPES or config.cache_format != dtype:
         return
     of_norm, of_best = model.norm.kernel(dtype, config.block_size), model.lm_head.best_kernel(dtype)
     assert of_norm is not None

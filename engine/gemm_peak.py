@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from engine.config import DeviceKind, EngineConfig
 from engine.kernels import packed
+from engine.kernels.row_scales import quantise_rows_reference
 
 Shape = tuple[int, int, int]
 
@@ -51,7 +52,8 @@ class GemmPeak:
 def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
     """Takes a few seconds, or about half a second if `quick`.
 
-    Uses the dtype, device and CPU threads that a rank of this engine computes with.
+    Uses the number format, device and CPU threads that a rank of this engine computes with; FP8 on a GPU only, where it
+    is the product alone that is timed, of numbers quantised before.
     """
     of_squares = _squares(QUICK_SQUARES if quick else SQUARES, config)
     of_model = model_shapes(config)
@@ -60,7 +62,11 @@ def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
     device = torch.device(config.device.value)
     dtype = getattr(torch, config.dtype.value)
     with using_threads(config.threads_per_rank), torch.inference_mode():
-        by_shape = {shape: linear_flops_per_second(shape, dtype, device, quick) for shape in (*of_squares, *of_model)}
+        in_fp8 = config.in_fp8 and device.type == "cuda"
+        by_shape = {
+            shape: linear_flops_per_second(shape, dtype, device, quick, in_fp8=in_fp8)
+            for shape in (*of_squares, *of_model)
+        }
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what this took must not lessen the memory that a cache of KV blocks finds free
     best = max(by_shape, key=lambda shape: by_shape[shape])
@@ -104,15 +110,16 @@ def _smaller(shape: Shape) -> Shape:
     return sides[0], sides[1], sides[2]
 
 
-def linear_flops_per_second(shape: Shape, dtype: torch.dtype, device: torch.device, quick: bool = False) -> float:
-    """Of one product (M, N, K), with the threads that torch has now."""
+def linear_flops_per_second(
+    shape: Shape, dtype: torch.dtype, device: torch.device, quick: bool = False, *, in_fp8: bool = False
+) -> float:
+    """Of one product (M, N, K), with the threads that torch has now. `in_fp8`: the result alone is of `dtype`."""
     rows, outputs, inputs = shape
     activations = torch.randn(rows, inputs, device=device).to(dtype)
     weights = torch.randn(outputs, inputs, device=device).to(dtype)
-    if packed.can_pack(weights):
-        weights = packed.pack(weights)
+    product = _fp8_product(activations, weights) if in_fp8 else _product(activations, weights)
     time_once = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    samples = _samples(lambda: time_once(activations, weights), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
+    samples = _samples(lambda: time_once(product), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
     return 2 * rows * outputs * inputs / (min(samples) if quick else statistics.median(samples))
 
 
@@ -125,20 +132,35 @@ def _samples(time_once: Callable[[], float], seconds: float) -> list[float]:
     return samples
 
 
-def _cpu_seconds(activations: Tensor, weights: Tensor) -> float:
+def _product(activations: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    """As `Linear` computes it."""
+    if packed.can_pack(weights):
+        weights = packed.pack(weights)
+        return lambda: packed.product(activations, weights, None)
+    return lambda: functional.linear(activations, weights)
+
+
+def _fp8_product(activations: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+    """As `engine.kernels.fp8_product` computes it once the activations are quantised."""
+    from engine.kernels.gpu.scaled_gemm import scaled_gemm
+
+    values, scales = quantise_rows_reference(activations)
+    weight_values, weight_scales = quantise_rows_reference(weights)
+    output = activations.new_empty(len(activations), len(weights))
+    return lambda: scaled_gemm(values, scales, weight_values, weight_scales, output=output)
+
+
+def _cpu_seconds(product: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    if weights.is_mkldnn:
-        packed.product(activations, weights, None)
-    else:
-        functional.linear(activations, weights)
+    product()
     return time.perf_counter() - started
 
 
-def _cuda_seconds(activations: Tensor, weights: Tensor) -> float:
+def _cuda_seconds(product: Callable[[], Tensor]) -> float:
     stream = torch.cuda.current_stream()
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     stream.record_event(started)
-    functional.linear(activations, weights)
+    product()
     stream.record_event(ended)
     ended.synchronize()
     return float(started.elapsed_time(ended)) / 1000

@@ -56,12 +56,12 @@ class InlineExecutor:
         return answer
 
     def measure(self, function: Callable[[EngineConfig], Measured]) -> Measured:
-        """The function of the configuration, called on the rank's thread between steps.
+        """The function of the rank's configuration, called on its thread between steps.
 
         Measurements belong there: OpenMP keeps a team of threads for every thread that computes, and where two teams do
         not fit on the cores, GNU's lets both sleep at barriers instead of spinning (docs/cpu_kernels.md).
         """
-        return self._launches.call(lambda: function(self._config))
+        return self._launches.call(lambda: function(self._config if self._worker is None else self._worker.config))
 
     def close(self) -> None:
         """Stop the rank after the step already begun; those still queued fail. Idempotent."""

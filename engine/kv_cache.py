@@ -44,7 +44,7 @@ class KVCache:
                 num_kv_heads=config.model.kv_heads_per_rank(config.tensor_parallel),
                 block_size=config.block_size,
                 head_dim=config.model.head_dim,
-                dtype=getattr(torch, config.dtype.value),
+                dtype=getattr(torch, config.cache_format.torch_name),
                 device=device,
             )
         except (torch.OutOfMemoryError, RuntimeError) as error:

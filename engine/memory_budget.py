@@ -17,7 +17,7 @@ def bytes_per_block(config: EngineConfig) -> int:
     """Bytes one block takes on one rank: keys and values of all layers."""
     model = config.model
     num_kv_heads = model.kv_heads_per_rank(config.tensor_parallel)
-    return 2 * model.num_layers * num_kv_heads * config.block_size * model.head_dim * config.dtype.num_bytes
+    return 2 * model.num_layers * num_kv_heads * config.block_size * model.head_dim * config.cache_format.num_bytes
 
 
 def available_host_bytes() -> int:
@@ -39,13 +39,14 @@ def check_host_memory(config: EngineConfig, num_groups: int = 1) -> None:
     """
     if config.device is not DeviceKind.CPU:
         return
-    weights = rank_weight_bytes(config.model, config.dtype, config.tensor_parallel)
+    weights = rank_weight_bytes(config.model, config.dtype, config.tensor_parallel, in_fp8=config.in_fp8)
     free = available_host_bytes()
     num_ranks = num_groups * config.tensor_parallel
     if num_ranks * weights > free:
         raise CapacityError(
-            f"The weights of {num_ranks} ranks take {num_ranks * weights / 2**30:.2f} GiB in {config.dtype.value}, but "
-            f"only {free / 2**30:.2f} GiB of this machine's memory are free: use a smaller dtype or model."
+            f"The weights of {num_ranks} ranks take {num_ranks * weights / 2**30:.2f} GiB in "
+            f"{config.number_format.value}, but only {free / 2**30:.2f} GiB of this machine's memory are free: use a "
+            "smaller dtype or model."
         )
     # A size that the user gave is every rank's own; the default is a share of what its group gets.
     is_given = config.cache_bytes is not None or config.num_blocks is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.config_json import ConfigJson
 from engine.errors import CheckpointError, ConfigError
+from engine.fp8_checkpoint import Fp8Checkpoint
 from engine.rope_config import RopeConfig
 
 
@@ -43,7 +44,8 @@ class ModelConfig:
 
     `sliding_windows` and `sparse_layers` hold one entry per layer, or none at all when every entry would be None or
     False: the attention window in tokens (None: all of them) and whether the feed-forward is a mixture of experts.
-    `qk_norm` normalises queries and keys per head (Qwen3).
+    `qk_norm` normalises queries and keys per head (Qwen3). `fp8` is None unless the weights are stored in FP8; `dtype`
+    is then what everything else is stored in.
     """
 
     architecture: str
@@ -70,13 +72,14 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = True
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    fp8: Fp8Checkpoint | None = None
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> "ModelConfig":
         """Read config.json (of any transformers version) and generation_config.json, which may be absent.
 
         Raises `CheckpointError` for a missing or malformed file, an architecture that is not supported, a
-        quantised checkpoint, or a shape that cannot be.
+        checkpoint that is quantised otherwise than to FP8, or a shape that cannot be.
         """
         config = ConfigJson.read(path / "config.json")
         architecture = _architecture(config)
@@ -117,6 +120,7 @@ class ModelConfig:
             moe_intermediate_size=config.integer(moe_size_key) if is_sparse else 0,
             norm_topk_prob=is_mixtral or config.boolean("norm_topk_prob", False),
             eos_token_ids=_eos_token_ids(config, path),
+            fp8=Fp8Checkpoint.from_json(config),
         )
         model._check(config.where)
         return model
@@ -173,12 +177,6 @@ def _architecture(config: ConfigJson) -> Architecture:
 
 def _refuse_variants(config: ConfigJson) -> None:
     """Raise `CheckpointError` for what would load and then compute something else."""
-    if config.has("quantization_config"):
-        method = config.object("quantization_config").text("quant_method", default="unknown")
-        raise CheckpointError(
-            f"{config.where}: the checkpoint is quantised ({method}); only float16, bfloat16, float32 and float64 "
-            "weights are supported."
-        )
     activation = config.text("hidden_act", default="silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"{config.where}: hidden_act {activation!r} is not supported; silu is.")

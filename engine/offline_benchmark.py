@@ -83,7 +83,8 @@ class OfflineResult:
             "model": str(config.checkpoint),
             "architecture": str(config.model.architecture),
             "active_parameters": active_parameters(config.model),
-            "dtype": config.dtype.value,
+            "dtype": config.number_format.value,
+            "kv_cache_dtype": config.cache_format.value,
             "device": config.device.value,
             "num_threads": config.threads_per_rank,
             "max_batch_tokens": config.max_batch_tokens,
@@ -137,10 +138,10 @@ class OfflineBenchmark:
     def run(self) -> OfflineResult:
         """Load, warm up, measure. Raises `ConfigError` for what cannot start and `EngineDeadError`."""
         with asyncio.Runner(loop_factory=new_event_loop) as runner:  # uvloop: 1 to 2 % of a small model's rate
-            seconds, counted, waterfall, peaks = runner.run(self._run())
+            config, seconds, counted, waterfall, peaks = runner.run(self._run())
         peak = max(peaks, key=lambda peak: peak.flops_per_second)
         return OfflineResult(
-            config=self._config,
+            config=config,
             workload=self._workload,
             seconds=seconds,
             num_steps=counted.num_steps,
@@ -156,14 +157,14 @@ class OfflineBenchmark:
             waterfall=waterfall.with_optimum(optimal_tokens_per_second(peak.flops_per_second, self._config.model)),
         )
 
-    async def _run(self) -> tuple[float, EngineStats, LossWaterfall, Sequence[GemmPeak]]:
-        """Seconds, counters at the end, the losses of those seconds against the peak that the rank measured, and the
-        peaks before and after.
+    async def _run(self) -> tuple[EngineConfig, float, EngineStats, LossWaterfall, Sequence[GemmPeak]]:
+        """What ran, seconds, counters at the end, the losses of those seconds against the peak that the rank measured,
+        and the peaks before and after.
         """
         executor = InlineExecutor(self._config)
         engine = LLMEngine(self._config, executor)
-        await engine.start()
         try:
+            await engine.start()
             peaks = [executor.measure(measure_gemm_peak)]
             requests = [self._request(index) for index in range(len(self._workload.requests))]
             sink = _CountingSink(len(requests), self._progress)
@@ -176,7 +177,7 @@ class OfflineBenchmark:
             waterfall = LossWaterfall.between(before, counted)
             assert waterfall is not None, "a worker measures its GEMM peak, and every workload has a request"
             peaks.append(executor.measure(measure_gemm_peak))
-            return seconds, counted, waterfall, peaks
+            return executor.measure(lambda config: config), seconds, counted, waterfall, peaks
         finally:
             await engine.close()
 

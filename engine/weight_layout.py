@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from engine.model_config import Architecture, DType, ModelConfig
 
+SCALE_BYTES = 4  # of one output channel of a weight in FP8
+
 
 class ExpertNames(StrEnum):
     """How a checkpoint names its experts' weights."""
@@ -22,13 +24,18 @@ class ExpertNames(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSlice:
-    """`tensor`[`source`] of the checkpoint, whose whole shape is `shape`, becomes `parameter`[`target`] of a rank."""
+    """`tensor`[`source`] of the checkpoint, whose whole shape is `shape`, becomes `parameter`[`target`] of a rank.
+
+    `is_product`: the weight of one of the layers' matrix products, which can be in FP8; a slice has whole rows of the
+    parameter then.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     source: tuple[slice, ...]
     parameter: str
     target: tuple[slice | int, ...]
+    is_product: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -37,6 +44,11 @@ class WeightSlice:
         for cut, size in zip(self.source, self.shape, strict=True):
             count *= len(range(size)[cut])
         return count
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the parameter that it fills: each has a scale in FP8."""
+        return self.num_elements // len(range(self.shape[-1])[self.source[-1]])
 
 
 def weight_layout(
@@ -58,9 +70,14 @@ def own_expert_names(config: ModelConfig) -> ExpertNames:
     return ExpertNames.MIXTRAL if config.architecture == Architecture.MIXTRAL else ExpertNames.QWEN
 
 
-def rank_weight_bytes(config: ModelConfig, dtype: DType, size: int = 1) -> int:
+def rank_weight_bytes(config: ModelConfig, dtype: DType, size: int = 1, *, in_fp8: bool = False) -> int:
     """Bytes of weights on the fullest of `size` ranks: rank 0, which has every bias and no padding."""
-    return sum(part.num_elements for part in weight_layout(config, 0, size)) * dtype.num_bytes
+    return sum(
+        part.num_elements + SCALE_BYTES * part.num_rows
+        if in_fp8 and part.is_product
+        else part.num_elements * dtype.num_bytes
+        for part in weight_layout(config, 0, size)
+    )
 
 
 class _Layout:
@@ -153,6 +170,7 @@ class _Layout:
                     source=(share, every),
                     parameter=new + "experts.gate_up_proj",
                     target=(expert, slice(row, row + width), every),
+                    is_product=True,
                 )
             yield WeightSlice(
                 tensor=f"{old}experts.{expert}.{down}.weight",
@@ -160,6 +178,7 @@ class _Layout:
                 source=(every, share),
                 parameter=new + "experts.down_proj",
                 target=(expert, every, slice(0, width)),
+                is_product=True,
             )
 
     def _fused_experts(self, old: str, new: str) -> Iterator[WeightSlice]:
@@ -174,6 +193,7 @@ class _Layout:
                 source=(experts, slice(first, first + width), every),
                 parameter=new + "gate_up_proj",
                 target=(experts, slice(part * width, (part + 1) * width), every),
+                is_product=True,
             )
         yield WeightSlice(
             tensor=old + "down_proj",
@@ -181,6 +201,7 @@ class _Layout:
             source=(experts, every, slice(self.rank * width, (self.rank + 1) * width)),
             parameter=new + "down_proj",
             target=(experts, every, slice(0, width)),
+            is_product=True,
         )
 
     def _rows(
@@ -194,6 +215,7 @@ class _Layout:
             source=(source, every),
             parameter=parameter + ".weight",
             target=(target, every),
+            is_product=True,
         )
         if bias:
             yield WeightSlice(
@@ -213,6 +235,7 @@ class _Layout:
             source=(every, slice(self.rank * width, (self.rank + 1) * width)),
             parameter=parameter + ".weight",
             target=(every, slice(0, width)),
+            is_product=True,
         )
         if bias and self.rank == 0:
             yield self.whole(tensor + ".bias", parameter + ".bias", shape[:1])

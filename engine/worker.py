@@ -18,6 +18,7 @@ from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
+from engine.fp8_support import settled
 from engine.gemm_peak import measure_gemm_peak
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
@@ -42,7 +43,11 @@ GROUP_TIMEOUT_SECONDS = 600.0
 
 
 class Worker:
-    """One rank. `start` once, `execute` in the order of the steps, `close` at the end (idempotent)."""
+    """One rank. `start` once, `execute` in the order of the steps, `close` at the end (idempotent).
+
+    `config` has its number formats decided once the rank has started. `emulates_fp8` computes FP8 where the device has
+    none, slowly and to the same bits: what tests compare with.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,8 @@ class Worker:
         rank: int = 0,
         rendezvous: str | None = None,
         timeout_seconds: float = GROUP_TIMEOUT_SECONDS,
+        *,
+        emulates_fp8: bool = False,
     ) -> None:
         if not 0 <= rank < config.tensor_parallel:
             raise ConfigError(f"rank must be 0..{config.tensor_parallel - 1}, but is {rank}.")
@@ -58,6 +65,7 @@ class Worker:
         self.config = config
         self._rank = rank
         self._rendezvous = rendezvous
+        self._emulates_fp8 = emulates_fp8
         self._timeout = timedelta(seconds=timeout_seconds)
         self._owns_group = False
         self.tensor_parallel = TensorParallel()
@@ -80,13 +88,13 @@ class Worker:
 
         Raises `ConfigError` and its kinds for what can never start here, `EngineDeadError` when the group fails.
         """
-        config = self.config
         self._tell_host = tell
         device = self._select_device()
+        config = self.config = self._settled(device)
         self.tensor_parallel = tensor_parallel = self._join_group()
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
-        model = build_model(config.model, tensor_parallel, dtype, device)
+        model = build_model(config.model, tensor_parallel, dtype, device, in_fp8=config.in_fp8)
         load_weights(model, config, tensor_parallel, progress)
         pipeline = Pipeline(model, config.model.hidden_size)
         if device.type == "cpu":
@@ -178,6 +186,14 @@ class Worker:
         torch.cuda.set_device(device)
         return device
 
+    def _settled(self, device: torch.device) -> EngineConfig:
+        """The configuration with what it left to the device; raises `ConfigError` for what the device has not."""
+        if self._emulates_fp8:
+            return self.config
+        if device.type != "cuda":
+            return settled(self.config, None)
+        return settled(self.config, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
     def _join_group(self) -> TensorParallel:
         size = self.config.tensor_parallel
         if size == 1:
@@ -199,13 +215,14 @@ class Worker:
 
     def _check_weights_fit(self, device: torch.device) -> None:
         """Refuse before reading anything what cannot be held."""
-        num_bytes = rank_weight_bytes(self.config.model, self.config.dtype, self.config.tensor_parallel)
+        config = self.config
+        num_bytes = rank_weight_bytes(config.model, config.dtype, config.tensor_parallel, in_fp8=config.in_fp8)
         # Ranks on a CPU share its memory; each counts only its own part, as the others may have taken theirs.
         free = available_bytes(device)
         if num_bytes > free:
             raise CapacityError(
-                f"The weights of rank {self._rank} take {num_bytes / 2**30:.2f} GiB in {self.config.dtype.value}, but "
-                f"only {free / 2**30:.2f} GiB are free on {device}: use a smaller dtype or model, or a larger "
+                f"The weights of rank {self._rank} take {num_bytes / 2**30:.2f} GiB in {config.number_format.value}, "
+                f"but only {free / 2**30:.2f} GiB are free on {device}: use a smaller dtype or model, or a larger "
                 "tensor_parallel."
             )
 

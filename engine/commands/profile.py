@@ -11,7 +11,8 @@ from tqdm import tqdm
 from engine.commands.output_file import check_output_file
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import ConfigError
-from engine.model_config import DType, ModelConfig
+from engine.model_config import ModelConfig
+from engine.number_format import NumberFormat
 
 if TYPE_CHECKING:
     from engine.worker import Worker
@@ -36,7 +37,7 @@ def profile(
             help="What is there is gone on with (default: in the user's cache).",
         ),
     ] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    dtype: Annotated[NumberFormat | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
     device: Annotated[DeviceKind, typer.Option()] = DeviceKind.CPU,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
 ) -> None:
@@ -51,7 +52,8 @@ def profile(
     config = EngineConfig(
         model=model_config,
         checkpoint=model,
-        dtype=dtype or model_config.dtype,
+        dtype=model_config.dtype if dtype is None else dtype.dtype,
+        product_format=dtype,
         device=device,
         tensor_parallel=tensor_parallel,
         max_model_len=max_model_len,

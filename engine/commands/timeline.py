@@ -8,7 +8,8 @@ import typer
 from engine.commands.output_file import JsonFile, PictureFile, check_output_file, write_result
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.errors import ConfigError
-from engine.model_config import DType, ModelConfig
+from engine.model_config import ModelConfig
+from engine.number_format import NumberFormat
 from engine.pipeline.schedule import Schedule, ScheduleError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def timeline(
         int, typer.Option(min=1, help="Of the engine whose choice it is: the largest batch.")
     ] = 2048,
     repetitions: Annotated[int, typer.Option(min=1, help="Of which the one of median length is shown.")] = 9,
-    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
+    dtype: Annotated[NumberFormat | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
     device: Annotated[DeviceKind, typer.Option()] = DeviceKind.CPU,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
     perfetto: Annotated[
@@ -69,7 +70,8 @@ def timeline(
     config = EngineConfig(
         model=model_config,
         checkpoint=model,
-        dtype=dtype or model_config.dtype,
+        dtype=model_config.dtype if dtype is None else dtype.dtype,
+        product_format=dtype,
         device=device,
         tensor_parallel=tensor_parallel,
         max_batch_tokens=max(tokens, max_batch_tokens) if of_engine else tokens,
@@ -121,7 +123,7 @@ def _json(recording: "StepRecording", shape: "BatchShape", config: EngineConfig,
         "device": config.device.value,
         "tensor_parallel": config.tensor_parallel,
         "num_threads": config.threads_per_rank,
-        "dtype": config.dtype.value,
+        "dtype": config.number_format.value,
         "num_decodes": int(shape.num_decodes),
         "num_prefills": int(shape.num_prefills),
         "mode": mode.value,

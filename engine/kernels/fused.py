@@ -128,7 +128,7 @@ def attend_tiles(
     num_units, num_queries = rows_Un.shape
     num_kv_heads, block_size, head_dim = keys.shape[1:]
     group_size = query_QHd.shape[1] // num_kv_heads
-    wide = torch.float32 if keys.element_size() == 2 else keys.dtype
+    wide = torch.float32 if keys.element_size() <= 2 else keys.dtype
     narrow = keys.dtype if keys.dtype is torch.bfloat16 and has_bfloat16_products() else wide
     query_UnGd = query_QHd.view(-1, group_size, head_dim)[rows_Un].to(wide)
     query_UMd = query_UnGd.transpose(1, 2).reshape(num_units, -1, head_dim)

@@ -38,7 +38,10 @@ def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, 
     largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
     for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
         finite_TKd = new_TKd.nan_to_num(0.0).clamp_(-largest, largest)
-        cache.view(-1, head_dim).index_copy_(0, rows, finite_TKd.view(-1, head_dim))
+        stored_TKd = finite_TKd.to(cache.dtype)
+        if cache.element_size() == 1:
+            cache, stored_TKd = cache.view(torch.uint8), stored_TKd.view(torch.uint8)
+        cache.view(-1, head_dim).index_copy_(0, rows, stored_TKd.view(-1, head_dim))
 
 
 def decode_attention(
@@ -147,6 +150,8 @@ def _grouped(query_THd: Tensor, num_kv_heads: int) -> Tensor:
 
 def _compute_dtype(cache: Tensor) -> torch.dtype:
     """The type to attend in; see the module's docstring."""
+    if cache.element_size() == 1:  # FP8, of scale 1: it holds, and computes nothing
+        return torch.float32
     return torch.float32 if cache.element_size() == 2 and not cache.is_cuda else cache.dtype
 
 
@@ -155,7 +160,9 @@ def _gather(cache: Tensor, block_tables_DB: Tensor) -> Tensor:
     num_kv_heads, block_size, head_dim = cache.shape[1:]
     heads_K1 = torch.arange(num_kv_heads, device=cache.device)[:, None]
     tiles_DKB = block_tables_DB[:, None, :] * num_kv_heads + heads_K1
-    tiles = cache.view(-1, block_size * head_dim).index_select(0, tiles_DKB.flatten())
+    # FP8 is copied as bytes, here and above: torch has indexed copies of it on some devices and not on others.
+    stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    tiles = stored.view(-1, block_size * head_dim).index_select(0, tiles_DKB.flatten()).view(cache.dtype)
     return tiles.view(len(tiles_DKB), num_kv_heads, -1, head_dim).to(_compute_dtype(cache))
 
 

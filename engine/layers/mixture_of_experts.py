@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.batch_shape import BatchShape
+from engine.kernels.fp8_product import grouped_fp8_product
 from engine.layers.collective import AllReduce
 from engine.layers.linear import Linear
 from engine.model_config import ModelConfig
 from engine.operation import Operation, Resource, Work
 from engine.tensor_parallel import TensorParallel
+from engine.weight_layout import SCALE_BYTES
 
 
 class GroupedExperts(Operation):
@@ -34,6 +36,17 @@ class GroupedExperts(Operation):
         down_XEF = torch.empty(config.num_experts, config.hidden_size, intermediate)
         self.gate_up_proj = nn.Parameter(gate_up_XOE, requires_grad=False)
         self.down_proj = nn.Parameter(down_XEF, requires_grad=False)
+        # Of each output channel of each expert, where the weights are in FP8: see `engine.kernels.row_scales`.
+        self.gate_up_proj_scale: nn.Parameter | None = None
+        self.down_proj_scale: nn.Parameter | None = None
+
+    def use_fp8(self) -> None:
+        """Have weights in FP8; to be called before they have memory."""
+        for name, weight in (("gate_up_proj", self.gate_up_proj), ("down_proj", self.down_proj)):
+            weight_XOI = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+            scales_XO = weight_XOI.new_empty(weight_XOI.shape[:2], dtype=torch.float32)
+            setattr(self, name, nn.Parameter(weight_XOI, requires_grad=False))
+            setattr(self, name + "_scale", nn.Parameter(scales_XO, requires_grad=False))
 
     def forward(self, hidden_TE: Tensor, router_logits_TX: Tensor) -> Tensor:
         """[T, E], [T, X] -> [T, E]."""
@@ -42,8 +55,8 @@ class GroupedExperts(Operation):
         ends_X = torch.searchsorted(experts_S, torch.arange(self.num_experts, device=experts_S.device), right=True)
         ends_X = ends_X.to(torch.int32)
         sorted_SE = hidden_TE[order_S // self.num_experts_per_token]
-        gate_SF, up_SF = grouped_linear(sorted_SE, self.gate_up_proj, ends_X).chunk(2, dim=-1)
-        output_SE = grouped_linear(functional.silu(gate_SF) * up_SF, self.down_proj, ends_X)
+        gate_SF, up_SF = grouped_linear(sorted_SE, self.gate_up_proj, ends_X, self.gate_up_proj_scale).chunk(2, dim=-1)
+        output_SE = grouped_linear(functional.silu(gate_SF) * up_SF, self.down_proj, ends_X, self.down_proj_scale)
         # Back to the order of the tokens first: a sum over k adds in a fixed order, index_add_ on a GPU does not.
         unsorted_SE = torch.empty_like(output_SE)
         unsorted_SE[order_S] = output_SE
@@ -72,9 +85,12 @@ class GroupedExperts(Operation):
         num_used = num_experts * (1 - (1 - self.num_experts_per_token / num_experts) ** shape.num_tokens)
         moved_hidden = 7 * num_copies + shape.num_tokens  # sorted, read, written, put back, weighted and summed
         moved_intermediate = 6 * num_copies  # gate and up written and read, their product written and read
+        parameter_bytes = element_bytes * 3 * hidden * intermediate
+        if self.down_proj_scale is not None:
+            parameter_bytes = 3 * hidden * intermediate + SCALE_BYTES * (2 * intermediate + hidden)
         return Work(
             flops=num_copies * (6 * hidden * intermediate + 5 * intermediate + 2 * hidden),
-            weight_bytes=num_used * 3 * hidden * intermediate * element_bytes,
+            weight_bytes=num_used * parameter_bytes,
             sharded_bytes=moved_intermediate * intermediate * element_bytes,
             replicated_bytes=moved_hidden * hidden * element_bytes,
         )
@@ -95,13 +111,17 @@ class MixtureOfExperts(nn.Module):
         return output_TE
 
 
-def grouped_linear(sorted_SI: Tensor, weight_XOI: Tensor, ends_X: Tensor) -> Tensor:
+def grouped_linear(sorted_SI: Tensor, weight_XOI: Tensor, ends_X: Tensor, scales_XO: Tensor | None = None) -> Tensor:
     """Multiply rows ends[x - 1] .. ends[x] - 1 by the transpose of weight[x]: [S, I] -> [S, O].
+
+    Weights in FP8 have scales.
 
     PyTorch's grouped GEMM takes no float64 and wants rows of a multiple of 16 bytes; the loop over the experts that
     have tokens is for what it does not take. On a GPU, in anything but bfloat16 on Hopper or Blackwell, it reads `ends`
     on the host: the host then waits for the device, and such a model cannot become a CUDA graph.
     """
+    if scales_XO is not None:
+        return grouped_fp8_product(sorted_SI, weight_XOI, scales_XO, ends_X)
     row_bytes = weight_XOI.shape[2] * weight_XOI.element_size()
     if sorted_SI.dtype is not torch.float64 and row_bytes % 16 == 0:
         return functional.grouped_mm(sorted_SI, weight_XOI.transpose(1, 2), offs=ends_X)

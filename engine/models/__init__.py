@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from engine.layers.linear import Linear
+from engine.layers.mixture_of_experts import GroupedExperts
 from engine.layers.rotary import RotaryTable
 from engine.model_config import Architecture, ModelConfig
 from engine.models.decoder import Decoder
@@ -26,25 +28,35 @@ LAYERS: dict[Architecture, LayerFactory] = {
 
 
 def build_model(
-    config: ModelConfig, tensor_parallel: TensorParallel, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    tensor_parallel: TensorParallel,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    in_fp8: bool = False,
 ) -> Decoder:
-    """One rank's share of the model, for `engine.weights.load_weights` to fill."""
+    """One rank's share of the model, for `engine.weights.load_weights` to fill; with its layers' products in FP8."""
     factory = LAYERS[Architecture(config.architecture)]
     rotary = RotaryTable(config, dtype, device)
     # On the meta device layers need not know the dtype, and nothing is allocated in the wrong one first.
     with torch.device("meta"):
         layers = [factory(config, layer, tensor_parallel, rotary) for layer in range(config.num_layers)]
         model = Decoder(config, tensor_parallel, layers)
-    _allocate(model, dtype, device)
+        model.to(dtype)
+        if in_fp8:
+            for module in model.layers.modules():
+                if isinstance(module, Linear | GroupedExperts):
+                    module.use_fp8()
+    _allocate(model, device)
     return model.eval()
 
 
-def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _allocate(model: nn.Module, device: torch.device) -> None:
     """Give every parameter memory; unlike `Module.to_empty`, one that several modules share stays shared."""
     allocated: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in allocated:
-                memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 allocated[parameter] = nn.Parameter(memory, requires_grad=False)
             setattr(module, name, allocated[parameter])

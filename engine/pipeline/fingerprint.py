@@ -37,7 +37,7 @@ def fingerprint_of(config: EngineConfig, layer: str, tensor_parallel: TensorPara
         **_device_facts(config),
         "nanoserve": f"{_version('nanoserve', 'source')}, measuring {_MEASURING}",
         "torch": torch.__version__,
-        "dtype": config.dtype.value,
+        "dtype": _number_text(config),
         "model": _model_text(config.model),
         "layer": layer,
         "tensor parallel": str(config.tensor_parallel),
@@ -83,6 +83,12 @@ def _device_facts(config: EngineConfig) -> dict[str, str]:
         "threads": str(config.threads_per_rank),
         "compile": config.compile.value,
     }
+
+
+def _number_text(config: EngineConfig) -> str:
+    """The format of the products; that of the cache only where it is another."""
+    products, cache = config.number_format, config.cache_format
+    return products.value if cache is products else f"{products.value}, KV cache {cache.value}"
 
 
 def _cpu_model(cpuinfo: Path) -> str:

@@ -44,7 +44,7 @@ class LayerBench:
             Cut((NanoBatch(int(shape.num_decodes), int(shape.num_prefills)),)),
         )
         num_tokens = int(shape.num_tokens)
-        initial = torch.randn(num_tokens, traced.hidden_size, dtype=cache.keys[0].dtype, device=device)
+        initial = torch.randn(num_tokens, traced.hidden_size, dtype=getattr(torch, config.dtype.value), device=device)
         needed = [program.nodes[name] for name in _closure(traced.graph, names)]
         probed = {LAYER_INPUT: initial}
         for bound in needed:

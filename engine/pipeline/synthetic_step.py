@@ -14,25 +14,35 @@ from engine.step_inputs import StepInputs
 
 # More than processors keep near them, so that attention reads memory; less than what a rank can spare.
 _MAX_CACHE_BYTES = {DeviceKind.CPU: 2**28, DeviceKind.CUDA: 2**31}
+_DRAWN_BLOCKS = 1024
 
 
 def synthetic_cache(config: EngineConfig, num_tokens: int, device: torch.device) -> KVCache:
     """Random keys and values for `num_tokens` tokens, as far as there is room; all layers share one layer's tensors."""
     num_kv_heads = config.model.kv_heads_per_rank(config.tensor_parallel)
-    bytes_per_block = 2 * num_kv_heads * config.block_size * config.model.head_dim * config.dtype.num_bytes
+    bytes_per_block = 2 * num_kv_heads * config.block_size * config.model.head_dim * config.cache_format.num_bytes
     cache = KVCache(
         num_layers=1,
         num_blocks=max(1, min(-(-num_tokens // config.block_size), _MAX_CACHE_BYTES[config.device] // bytes_per_block)),
         num_kv_heads=num_kv_heads,
         block_size=config.block_size,
         head_dim=config.model.head_dim,
-        dtype=getattr(torch, config.dtype.value),
+        dtype=getattr(torch, config.cache_format.torch_name),
         device=device,
     )
-    cache.keys[0].normal_()
-    cache.values[0].normal_()
+    for tensor in (cache.keys[0], cache.values[0]):
+        _fill(tensor)
     cache.keys, cache.values = cache.keys * config.model.num_layers, cache.values * config.model.num_layers
     return cache
+
+
+def _fill(tensor: Tensor) -> None:
+    """With normal numbers; those in FP8 cannot be drawn and come from wider ones, some blocks at a time."""
+    if tensor.element_size() > 1:
+        tensor.normal_()
+        return
+    for part in torch.split(tensor, _DRAWN_BLOCKS):
+        part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=part.device))
 
 
 def synthetic_step(shape: BatchShape, max_model_len: int, cache: KVCache, device: torch.device) -> StepInputs:

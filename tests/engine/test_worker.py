@@ -18,9 +18,12 @@ from engine.errors import CapacityError, CheckpointError, ConfigError, EngineDea
 from engine.inline_executor import InlineExecutor
 from engine.kv_cache import KVCache
 from engine.memory_budget import bytes_per_block, num_affordable_blocks
+from engine.memory_use import MemoryPart
 from engine.model_config import Architecture, DType, ModelConfig
+from engine.number_format import NumberFormat
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 from engine.request import SamplingParams
+from engine.weight_layout import rank_weight_bytes
 from engine.worker import Worker
 from tests.engine.batch_script import BatchScript
 
@@ -178,6 +181,48 @@ def test_wrong_ranks_and_devices_are_refused(config: EngineConfig) -> None:
             Worker(replace(config, device=DeviceKind.CUDA)).start()
 
 
+def test_fp8_through_the_whole_rank(config: EngineConfig) -> None:
+    """Emulated, every step runs, and the memory of weights and cache is what the budget says."""
+    fp8 = replace(config, dtype=DType.BFLOAT16, product_format=NumberFormat.FP8)
+    with pytest.raises(ConfigError, match="device cpu has no FP8 matrix products"):
+        Worker(fp8).start()
+    worker = Worker(fp8, emulates_fp8=True)
+    worker.start()
+    tokens = run_steps(worker)
+    assert len({token for step in tokens for token in step}) > NUM_DECODES
+    plain = Worker(replace(config, dtype=DType.BFLOAT16))
+    plain.start()
+    assert plain.config.product_format is NumberFormat.BFLOAT16
+    assert run_steps(plain)[0] == tokens[0], "the first greedy token is clear enough for any format"
+    uses = [each.memory() for each in (worker, plain)]
+    for use, settings in zip(uses, (fp8, config), strict=True):
+        if use is None:
+            continue  # no /proc here
+        dtype = DType.BFLOAT16
+        weights = rank_weight_bytes(config.model, dtype, in_fp8=settings is fp8)
+        assert use.parts[MemoryPart.WEIGHTS] == weights
+        cache = NUM_BLOCKS * bytes_per_block(replace(settings, dtype=dtype))
+        assert use.parts[MemoryPart.KV_CACHE] == cache
+    for each in (worker, plain):
+        each.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp8_on_a_gpu_begins_as_emulated(config: EngineConfig) -> None:
+    """The first greedy tokens; what follows a rounding that differs may differ."""
+    fp8 = replace(config, dtype=DType.BFLOAT16, product_format=NumberFormat.FP8, block_size=16, max_model_len=128)
+    on_gpu, emulated = Worker(replace(fp8, device=DeviceKind.CUDA)), Worker(fp8, emulates_fp8=True)
+    for worker in (on_gpu, emulated):
+        worker.start()
+    assert run_steps(on_gpu)[0] == run_steps(emulated)[0]
+    use = on_gpu.memory()
+    assert use is not None
+    assert use.device_parts[MemoryPart.KV_CACHE] == NUM_BLOCKS * bytes_per_block(fp8)
+    for worker in (on_gpu, emulated):
+        worker.close()
+
+
 # --- sizing -----------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +231,7 @@ def test_cache_sizing(config: EngineConfig) -> None:
     cache = KVCache.allocate(config, 3, torch.device("cpu"))
     assert per_block * 3 == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     assert bytes_per_block(replace(config, tensor_parallel=2)) == per_block // 2
+    assert bytes_per_block(replace(config, kv_cache_format=NumberFormat.FP8)) == per_block // 8
     free = 2**34
     by_bytes = replace(config, num_blocks=None, cache_bytes=100 * per_block + 1)
     by_default = replace(config, num_blocks=None)

@@ -8,7 +8,7 @@ gives the same bits on both.
 import triton
 import triton.language as tl
 
-LARGEST_E4M3 = 448.0
+from engine.kernels.row_scales import LARGEST_E4M3 as LARGEST_E4M3
 
 _LARGEST = tl.constexpr(LARGEST_E4M3)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-6)

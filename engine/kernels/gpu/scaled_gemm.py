@@ -11,11 +11,11 @@ number of SMs (`num_sms`), which is also what takes shapes cublasLt does not; an
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from engine.errors import ConfigError
 from engine.kernels.gpu.gemm import launch_gemm
 from engine.kernels.gpu.gemm_config import GemmConfig
+from engine.kernels.row_scales import scaled_gemm_reference as scaled_gemm_reference
 
 _LIBRARY_MULTIPLE = 16  # cublasLt wants K and N of FP8 operands to be multiples of it
 
@@ -77,24 +77,6 @@ def library_takes(
         and (output is None or output.is_contiguous())
         and (bias_N is None or (bias_N.dtype == output_dtype and output_dtype is not torch.float32))
     )
-
-
-def scaled_gemm_reference(
-    a_TK: Tensor,
-    a_scales_T: Tensor,
-    b_NK: Tensor,
-    b_scales_N: Tensor,
-    bias_N: Tensor | None = None,
-    residual_TN: Tensor | None = None,
-    output_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """The same in plain torch: a float32 product of the values as they are stored, then the scales."""
-    sums_TN = functional.linear(a_TK.float(), b_NK.float())
-    sums_TN *= a_scales_T.view(-1, 1) * b_scales_N.view(1, -1)
-    for added in (bias_N, residual_TN):
-        if added is not None:
-            sums_TN += added
-    return sums_TN.to(output_dtype)
 
 
 def _check(a_TK: Tensor, a_scales_T: Tensor, b_NK: Tensor, b_scales_N: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model_config import DType
+from engine.number_format import NumberFormat
 from engine.pipeline import fingerprint
 from engine.pipeline.fingerprint import differences, fingerprint_hash, fingerprint_of
 from engine.tensor_parallel import TensorParallel
@@ -37,6 +38,8 @@ def test_every_setting_that_changes_costs_changes_it(engine_config: ConfigMaker)
     changed = (
         engine_config(num_threads=2),
         engine_config(num_threads=1, dtype=DType.BFLOAT16),
+        engine_config(num_threads=1, dtype=DType.BFLOAT16, product_format=NumberFormat.FP8),
+        engine_config(num_threads=1, kv_cache_format=NumberFormat.FP8),
         engine_config(num_threads=1, max_batch_tokens=128),
         engine_config(num_threads=1, block_size=8),
         engine_config(num_threads=1, max_sequences=base.max_sequences - 1),
