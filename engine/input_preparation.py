@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, IntArray
 from engine.config import EngineConfig
 from engine.decode_order import DecodeOrder, parts_of
 from engine.kv_cache import KVCache
@@ -61,11 +61,19 @@ class InputPreparation:
     """For one rank's batches, in their order. The pool of tokens and the parameters of sampling are kept here."""
 
     def __init__(
-        self, config: EngineConfig, kv_cache: KVCache, device: torch.device, *, returns_logprobs: bool
+        self,
+        config: EngineConfig,
+        kv_cache: KVCache,
+        device: torch.device,
+        *,
+        returns_logprobs: bool,
+        lengths_on_device: bool = False,
     ) -> None:
+        """`lengths_on_device`: layers read there where chunks begin and how long contexts are."""
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs
+        self._lengths_on_device = lengths_on_device
         self.pool = TokenPool(
             max_sequences=config.max_sequences,
             max_model_len=config.max_model_len,
@@ -99,6 +107,8 @@ class InputPreparation:
             self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
         order = self._order(batch, cut)
         arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None if order is None else order.order)
+        if self._lengths_on_device and len(batch.rows) > batch.num_decodes:
+            arrays["chunk_start"] = _starts(batch.counts[batch.num_decodes :])
         plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
         staged = stage(_update_arrays(batch) | arrays | plan.arrays, self._device)
         if batch.admissions:
@@ -152,7 +162,7 @@ class InputPreparation:
             lengths = batch.starts.astype(np.int64) + 1
             plan = self._sampling.plan(batch.rows.astype(np.int64), lengths, self._returns_logprobs)
             sections = stage(plan.arrays, self._device)
-        inputs = replace(inputs, tokens=drawn_D, max_decode_length=longest)
+        inputs = replace(inputs, tokens=drawn_D, max_decode_length=longest, decode_plans={})
         step = replace(last.step, inputs=inputs, plan=plan, sections=sections)
         last.step, last.inputs, last.drawn = step, inputs, None
         return step
@@ -211,6 +221,8 @@ class InputPreparation:
             prefill_context_lengths=tuple(lengths[num_decodes:].tolist()),
             kv_cache=self._kv_cache,
             decode_parts=() if order is None else self._parts(order.parts, rows_S, lengths_S),
+            prefill_starts=staged.get("chunk_start"),
+            prefill_lengths=lengths_S[num_decodes:] if "chunk_start" in staged else None,
         )
 
 
@@ -260,6 +272,11 @@ def _step_arrays(batch: Batch, planned: Cut, block_size: int, order: Int64s | No
             places[order] = np.arange(len(order))
         arrays["sampled_token"] = cut.positions_of(places[batch.sampled])
     return arrays
+
+
+def _starts(counts: IntArray) -> Int64s:
+    """Where each of them begins when they lie side by side, and where the last ends."""
+    return np.concatenate((np.zeros(1, np.int64), counts.cumsum(dtype=np.int64)))
 
 
 def _ranges(starts: Int64s, counts: Int64s) -> Int64s:

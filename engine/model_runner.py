@@ -34,13 +34,16 @@ class ModelRunner:
         plans: PlanSet | None = None,
         *,
         returns_logprobs: bool = True,
+        uses_gpu_kernels: bool = False,
     ) -> None:
         self._model = model
         self.pipeline = pipeline
         self._lanes = lanes_for(device, overlaps=config.pipeline is PipelineMode.OVERLAP)
         self.plans = PlanChoice(pipeline.sequential, plans)
         self.device = device
-        self._preparation = InputPreparation(config, kv_cache, device, returns_logprobs=returns_logprobs)
+        self._preparation = InputPreparation(
+            config, kv_cache, device, returns_logprobs=returns_logprobs, lengths_on_device=uses_gpu_kernels
+        )
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -74,8 +77,10 @@ class ModelRunner:
         multiplied = stopwatch.spent(Cost.GEMM, started)
         logits_KV = self._model.lm_head.join(shard_KR)
         stopwatch.gathered(multiplied, self._model.lm_head.all_gather)
-        best = self._model.lm_head.best
-        if best is not None and not prepared.plan.arrays:  # all that every row asks for is its best token
+        best, draw = self._model.lm_head.best, self._model.lm_head.draw
+        if draw is not None and prepared.plan.only_draws:
+            drawn = Drawn(token_ids=draw(logits_KV, prepared.plan, prepared.sections))
+        elif best is not None and not prepared.plan.arrays:  # all that every row asks for is its best token
             drawn = Drawn(token_ids=best(logits_KV)[0])
         else:
             drawn = sample(logits_KV, prepared.plan, prepared.sections, self._preparation.pool)

@@ -6,11 +6,15 @@ said otherwise (CPU indexing wants int64; kernels convert).
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from engine.kernels.prefill import PrefillPlan
 from engine.kv_cache import KVCache
+
+if TYPE_CHECKING:  # Triton is not everywhere
+    from engine.kernels.gpu.decode_plan import DecodeScratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,19 @@ class DecodePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedRows:
+    """What a step has whose shapes are larger than its batch. What is real is said on the device alone.
+
+    The first `num_tokens` [1] int32 rows are tokens, the others have the position and the slot -1. Decode lanes without
+    a decode have the length 0. Any row that is not a decode's may be a chunk's, so `prefill_starts` count all rows, and
+    attention of both kinds is written to `attention` [T, A], each to its own: first of all lanes, then of the rest.
+    """
+
+    num_tokens: Tensor
+    attention: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """What every layer of one forward pass shares.
 
@@ -33,6 +50,10 @@ class StepInputs:
     each; `prefill_context_lengths` count each sequence's tokens up to and including its chunk. Host-side integers are
     known without a device synchronisation. `decode_parts` together are all decodes, if there are any: who can attend
     them at less cost than all at once does. `prefill_plans`, by sliding window: the first layer to need one makes it.
+
+    For kernels that read lengths on the device: `prefill_starts` [P + 1], the chunks' first places among the Q tokens
+    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`. With
+    `padding`, host-side integers are bounds and `num_decodes` counts lanes.
     """
 
     tokens: Tensor
@@ -48,3 +69,7 @@ class StepInputs:
     kv_cache: KVCache
     decode_parts: tuple[DecodePart, ...] = ()
     prefill_plans: dict[int | None, PrefillPlan] = field(default_factory=dict, compare=False, repr=False)
+    prefill_starts: Tensor | None = None
+    prefill_lengths: Tensor | None = None
+    decode_plans: "dict[int | None, DecodeScratch]" = field(default_factory=dict, compare=False, repr=False)
+    padding: PaddedRows | None = None

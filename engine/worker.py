@@ -19,6 +19,7 @@ from engine.cpu_model import pack_weights, use_compiled_kernels
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.gemm_peak import measure_gemm_peak
+from engine.gpu_model import use_gpu_kernels
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
 from engine.memory_budget import available_host_bytes, cache_budget, num_affordable_blocks
@@ -93,10 +94,11 @@ class Worker:
             pack_weights(model)
             return_freed_memory()  # weights as they were loaded, and now are packed
             use_compiled_kernels(model, pipeline, config, self._tell)
+        uses_gpu_kernels = device.type == "cuda" and use_gpu_kernels(model, config, device, self._tell)
         self._meter.mark()
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        warm_up(config, model, pipeline, device)
+        warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
@@ -105,7 +107,16 @@ class Worker:
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
         self._model, self._cache = model, cache
-        self._runner = ModelRunner(config, model, pipeline, cache, device, plans, returns_logprobs=self._rank == 0)
+        self._runner = ModelRunner(
+            config,
+            model,
+            pipeline,
+            cache,
+            device,
+            plans,
+            returns_logprobs=self._rank == 0,
+            uses_gpu_kernels=uses_gpu_kernels,
+        )
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
