@@ -87,7 +87,7 @@ def _decode(
     """In a padded step all that attention writes to, of which the lanes are written."""
     query_DHd = query_THd[: step.num_decodes]
     if output is None:
-        output = query_DHd.new_empty(query_DHd.shape).flatten(1) if step.padding is None else step.padding.attention
+        output = query_DHd.new_empty(query_DHd.shape).flatten(1) if step.attention is None else step.attention
     num_rows = len(query_DHd)
     if num_rows == 0:
         return output
@@ -137,9 +137,9 @@ def _prefill(
     attention: PrefillAttention, query_THd: Tensor, step: StepInputs, *, output: Tensor | None = None
 ) -> Tensor:
     """In a padded step all that attention writes to, of which everything behind the decodes is written."""
-    query_QHd = query_THd if step.padding is not None else query_THd[step.num_decodes :]
+    query_QHd = query_THd if step.attention is not None else query_THd[step.num_decodes :]
     if output is None:
-        output = query_QHd.new_empty(query_QHd.shape).flatten(1) if step.padding is None else step.padding.attention
+        output = query_QHd.new_empty(query_QHd.shape).flatten(1) if step.attention is None else step.attention
     if len(query_QHd) == 0:
         return output
     starts_P1, lengths_P = _chunks(step)

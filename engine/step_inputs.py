@@ -28,19 +28,6 @@ class DecodePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PaddedRows:
-    """What a step has whose shapes are larger than its batch. What is real is said on the device alone.
-
-    The first `num_tokens` [1] int32 rows are tokens, the others have the position and the slot -1. Decode lanes without
-    a decode have the length 0. Any row that is not a decode's may be a chunk's, so `prefill_starts` count all rows, and
-    attention of both kinds is written to `attention` [T, A], each to its own: first of all lanes, then of the rest.
-    """
-
-    num_tokens: Tensor
-    attention: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """What every layer of one forward pass shares.
 
@@ -52,8 +39,12 @@ class StepInputs:
     them at less cost than all at once does. `prefill_plans`, by sliding window: the first layer to need one makes it.
 
     For kernels that read lengths on the device: `prefill_starts` [P + 1], the chunks' first places among the Q tokens
-    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`. With
-    `padding`, host-side integers are bounds and `num_decodes` counts lanes.
+    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`.
+
+    In a padded step, whose shapes are larger than its batch (see `engine.padded_inputs`), `num_decodes` counts lanes;
+    those without a decode have the length 0. Rows without a token have the position and the slot -1. Any row that is
+    not a decode's may be a chunk's, so `prefill_starts` count all rows, and both kinds of attention write to
+    `attention` [T, A], each to its own rows: first decodes to all lanes, then chunks, and zeros behind them.
     """
 
     tokens: Tensor
@@ -72,4 +63,4 @@ class StepInputs:
     prefill_starts: Tensor | None = None
     prefill_lengths: Tensor | None = None
     decode_plans: "dict[int | None, DecodeScratch]" = field(default_factory=dict, compare=False, repr=False)
-    padding: PaddedRows | None = None
+    attention: Tensor | None = None

@@ -28,6 +28,7 @@ from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
+from engine.pipeline.capture import CaptureError, Captures
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_bytes import tensor_bytes
@@ -117,6 +118,8 @@ class Worker:
             returns_logprobs=self._rank == 0,
             uses_gpu_kernels=uses_gpu_kernels,
         )
+        if uses_gpu_kernels:
+            self._capture_steps(self._runner, device)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
@@ -124,6 +127,13 @@ class Worker:
             gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
             dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
         )
+
+    def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
+        """Make steps CUDA graphs; a model that cannot become one runs without."""
+        try:
+            runner.pad_steps(Captures(device))
+        except CaptureError as error:
+            self._tell(f"no step becomes a CUDA graph. {error}")
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""

@@ -40,10 +40,10 @@ def tokens_of(runner: ModelRunner, architecture: Architecture, samplings: list[S
 @pytest.mark.parametrize(
     "architecture",
     [
-        Architecture.LLAMA,
         Architecture.MISTRAL,
         Architecture.QWEN3,
-        Architecture.MIXTRAL,
+        pytest.param(Architecture.LLAMA, marks=pytest.mark.slow),
+        pytest.param(Architecture.MIXTRAL, marks=pytest.mark.slow),
         pytest.param(Architecture.QWEN2, marks=pytest.mark.slow),
         pytest.param(Architecture.QWEN3_MOE, marks=pytest.mark.slow),
     ],
