@@ -16,7 +16,7 @@ from engine.kernels.gpu.decode_config import decode_config
 from engine.kernels.gpu.decode_plan import DecodeScratch
 from engine.kernels.gpu.embedding import embedding
 from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
-from engine.kernels.gpu.norm import rms_norm
+from engine.kernels.gpu.norm import add_rms_norm, rms_norm
 from engine.kernels.gpu.planned_draw import draw_planned
 from engine.kernels.gpu.prefill_attention import prefill_attention
 from engine.kernels.gpu.rotary import rotate_and_write
@@ -38,6 +38,7 @@ def compute_with_kernels(model: Decoder, num_sms: int) -> None:
         match module:
             case RMSNorm():
                 module.computed_by(partial(_norm, module))
+                module.of_sum = partial(_norm_of_sum, module)
             case SiluAndMul():
                 module.computed_by(_gate)
             case EmbeddingShard():
@@ -55,6 +56,11 @@ def compute_with_kernels(model: Decoder, num_sms: int) -> None:
 
 def _norm(norm: RMSNorm, hidden_TE: Tensor, *, output: Tensor | None = None) -> Tensor:
     return rms_norm(hidden_TE, norm.weight, norm.epsilon, output)
+
+
+def _norm_of_sum(norm: RMSNorm, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
+    sum_TE = torch.empty_like(residual_TE)
+    return add_rms_norm(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE)
 
 
 def _gate(gate_up_TF: Tensor, *, output: Tensor | None = None) -> Tensor:

@@ -65,7 +65,7 @@ class ModelRunner:
         The layers must be computed by `engine.kernels.gpu`. Raises `CaptureError` where a layer waits for the device;
         steps then go on as before.
         """
-        padded = PaddedSteps(self._config, self._model, self._kv_cache, self._preparation.pool)
+        padded = PaddedSteps(self._config, self._model, self.pipeline, self._kv_cache, self._preparation.pool)
         if captures is not None:
             padded.capture(captures)
         self.padded = padded

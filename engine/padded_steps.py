@@ -4,7 +4,7 @@ CUDA.
 One graph serves every mix of decodes and chunks that its bucket holds: what differs is read on the device. It begins
 with the gathering of inputs and ends with the hidden states; the head and the draws are launched behind it, as how many
 rows are drawn differs. All operations must be computed by kernels that read lengths on the device
-(`engine.gpu_model`), and the model runs sequentially, as it is written.
+(`engine.gpu_model`), and they run one after the other.
 """
 
 from functools import partial
@@ -17,6 +17,8 @@ from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
 from engine.padded_inputs import PaddedInputs
 from engine.pipeline.capture import CapturedRun, Captures
+from engine.pipeline.fused_run import FusedRun
+from engine.pipeline.pipeline import Pipeline
 from engine.token_bucket import TokenBucket, token_buckets
 from engine.token_pool import TokenPool
 
@@ -24,11 +26,16 @@ from engine.token_pool import TokenPool
 class PaddedSteps:
     """`inputs` are filled before each run, on the stream that it runs on."""
 
-    def __init__(self, config: EngineConfig, model: Decoder, kv_cache: KVCache, pool: TokenPool) -> None:
-        self._model = model
+    def __init__(
+        self, config: EngineConfig, model: Decoder, pipeline: Pipeline, kv_cache: KVCache, pool: TokenPool
+    ) -> None:
+        self._embedding = model.embed_tokens
+        self._layers = FusedRun(pipeline.programs)
         self._width = config.model.num_heads // config.tensor_parallel * config.model.head_dim
         self.buckets = token_buckets(config.max_batch_tokens, config.max_sequences)
         self.inputs = PaddedInputs(self.buckets, pool, kv_cache)
+        weight = self._embedding.shard.weight
+        self._hidden_TE = weight.new_empty(self.buckets[-1].num_tokens, weight.shape[1])
         self._captured: dict[TokenBucket, CapturedRun[Tensor]] = {}
 
     @torch.inference_mode()
@@ -47,10 +54,6 @@ class PaddedSteps:
         return self._run(bucket) if captured is None else captured.replay()
 
     def _run(self, bucket: TokenBucket) -> Tensor:
-        weight = self._model.embed_tokens.shard.weight
-        attention_TA = torch.empty(bucket.num_tokens, self._width, dtype=weight.dtype, device=weight.device)
-        step = self.inputs.step(bucket, attention_TA)
-        hidden_TE: Tensor = self._model.embed_tokens(step)
-        for layer in self._model.layers:
-            hidden_TE = layer(hidden_TE, step)
-        return hidden_TE
+        step = self.inputs.step(bucket, self._hidden_TE.new_empty(bucket.num_tokens, self._width))
+        # In one place for all graphs: none has to keep its own.
+        return self._hidden_TE[: bucket.num_tokens].copy_(self._layers(self._embedding(step), step))

@@ -95,6 +95,7 @@ def test_padded_steps_draw_the_same_tokens(architecture: Architecture) -> None:
     assert any(padding for _, padding in padded)
 
 
+@pytest.mark.slow
 def test_graphs_are_captured_from_the_largest_and_serve_every_mix() -> None:
     """All recorded before the first batch is known, and on an untouched cache; nothing but graphs runs afterwards."""
     config = config_of(Architecture.LLAMA, max_batch_tokens=22)
