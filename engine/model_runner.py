@@ -96,7 +96,7 @@ class ModelRunner:
     def _run(self, batch: Batch, schedule: Schedule, stopwatch: Stopwatch) -> tuple[PreparedStep, Tensor | None, int]:
         """The prepared step, its hidden states (None without tokens), and how many rows more were computed."""
         if self.padded is not None and schedule == self.pipeline.sequential:
-            bucket = next((bucket for bucket in self.padded.buckets if bucket.holds(batch)), None)
+            bucket = self.padded.bucket_of(batch)
             if bucket is not None:
                 prepared = self._preparation.prepare_padded(batch, schedule.cut, self.padded.inputs, bucket)
                 hidden_TE = self.padded.run(bucket)[: batch.num_tokens]

@@ -7,11 +7,13 @@ rows are drawn differs. All operations must be computed by kernels that read len
 (`engine.gpu_model`), and they run one after the other.
 """
 
+from bisect import bisect_left
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
@@ -47,6 +49,13 @@ class PaddedSteps:
         for bucket in reversed(self.buckets):
             self.inputs.clear(bucket)
             self._captured[bucket] = captures.capture(partial(self._run, bucket))
+
+    def bucket_of(self, batch: Batch) -> TokenBucket | None:
+        """The smallest that a batch can be padded to, if there is one."""
+        index = bisect_left(self.buckets, batch.num_tokens, key=lambda bucket: bucket.num_tokens)
+        # What this has no room for, though it has rows enough, are too many chunks for any.
+        found = self.buckets[index] if index < len(self.buckets) else None
+        return found if found is not None and found.holds(batch) else None
 
     def run(self, bucket: TokenBucket) -> Tensor:
         """Hidden states [T, E] behind the last layer, of all rows; they last until the next run."""
