@@ -13,20 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, IntArray
 from engine.config import EngineConfig
 from engine.decode_order import DecodeOrder, parts_of
 from engine.kv_cache import KVCache
+from engine.padded_inputs import PaddedInputs, packed_step
 from engine.pipeline.nano_batch import Cut
 from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
 from engine.staging import HostArray, stage
 from engine.step_inputs import DecodePart, StepInputs
+from engine.token_bucket import TokenBucket
 from engine.token_pool import TokenPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedStep:
-    """A step that can run: what its layers read (None without tokens), and where its draws come from and go to.
+    """A step that can run: what its layers read (None without tokens, or padded), where its draws come from and go to.
 
     `sampled_tokens` [K] are the drawn hidden states' places, None where all are drawn, each in its place. `sections`
     are the plan's arrays on the device. The token drawn k-th goes to the pool at (`drawn_rows`, `drawn_positions`) [K],
@@ -61,11 +63,19 @@ class InputPreparation:
     """For one rank's batches, in their order. The pool of tokens and the parameters of sampling are kept here."""
 
     def __init__(
-        self, config: EngineConfig, kv_cache: KVCache, device: torch.device, *, returns_logprobs: bool
+        self,
+        config: EngineConfig,
+        kv_cache: KVCache,
+        device: torch.device,
+        *,
+        returns_logprobs: bool,
+        lengths_on_device: bool = False,
     ) -> None:
+        """`lengths_on_device`: layers read there where chunks begin and how long contexts are."""
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs
+        self._lengths_on_device = lengths_on_device
         self.pool = TokenPool(
             max_sequences=config.max_sequences,
             max_model_len=config.max_model_len,
@@ -94,15 +104,38 @@ class InputPreparation:
         if self._last is not None and self._last.step is step:
             self._last.drawn = token_ids_K
 
+    def prepare_padded(self, batch: Batch, cut: Cut, inputs: PaddedInputs, bucket: TokenBucket) -> PreparedStep:
+        """The batch, to be run on these inputs, for which it is padded; by a schedule with this cut, of one piece."""
+        self._last = None
+        self._admit(batch)
+        arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None)
+        plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
+        travelling: dict[str, HostArray] = {
+            "padded": packed_step(bucket, batch, arrays["token_row"], arrays["token_position"])
+        }
+        travelling |= {name: array for name, array in arrays.items() if name.startswith("sampled_")}
+        staged = stage(_update_arrays(batch) | travelling | plan.arrays, self._device)
+        self._write_admitted(batch, staged)
+        self._write_blocks(batch, staged)
+        inputs.fill(staged["padded"])
+        return PreparedStep(
+            inputs=None,
+            plan=plan,
+            sections=staged,
+            sampled_tokens=staged.get("sampled_token"),
+            drawn_rows=staged["sampled_row"],
+            drawn_positions=staged["sampled_position"],
+        )
+
     def _prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
-        for admission in batch.admissions:
-            self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
+        self._admit(batch)
         order = self._order(batch, cut)
         arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None if order is None else order.order)
+        if self._lengths_on_device and len(batch.rows) > batch.num_decodes:
+            arrays["chunk_start"] = _starts(batch.counts[batch.num_decodes :])
         plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
         staged = stage(_update_arrays(batch) | arrays | plan.arrays, self._device)
-        if batch.admissions:
-            self.pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
+        self._write_admitted(batch, staged)
         self._write_blocks(batch, staged)
         inputs = self._step_inputs(batch, arrays["length"], staged, order) if len(batch.rows) else None
         step = PreparedStep(
@@ -152,7 +185,7 @@ class InputPreparation:
             lengths = batch.starts.astype(np.int64) + 1
             plan = self._sampling.plan(batch.rows.astype(np.int64), lengths, self._returns_logprobs)
             sections = stage(plan.arrays, self._device)
-        inputs = replace(inputs, tokens=drawn_D, max_decode_length=longest)
+        inputs = replace(inputs, tokens=drawn_D, max_decode_length=longest, decode_plans={})
         step = replace(last.step, inputs=inputs, plan=plan, sections=sections)
         last.step, last.inputs, last.drawn = step, inputs, None
         return step
@@ -184,6 +217,14 @@ class InputPreparation:
             for start, stop, num_blocks in ranges
         )
 
+    def _admit(self, batch: Batch) -> None:
+        for admission in batch.admissions:
+            self._sampling.admit(admission.row, admission.sampling, admission.num_prompt_tokens)
+
+    def _write_admitted(self, batch: Batch, staged: dict[str, Tensor]) -> None:
+        if batch.admissions:
+            self.pool.write_tokens(staged["new_row"], staged["new_position"], staged["new_token"])
+
     def _write_blocks(self, batch: Batch, staged: dict[str, Tensor]) -> None:
         if len(batch.block_updates):
             self.pool.write_blocks(staged["block_row"], staged["block_index"], staged["block_id"])
@@ -211,6 +252,8 @@ class InputPreparation:
             prefill_context_lengths=tuple(lengths[num_decodes:].tolist()),
             kv_cache=self._kv_cache,
             decode_parts=() if order is None else self._parts(order.parts, rows_S, lengths_S),
+            prefill_starts=staged.get("chunk_start"),
+            prefill_lengths=lengths_S[num_decodes:] if "chunk_start" in staged else None,
         )
 
 
@@ -260,6 +303,11 @@ def _step_arrays(batch: Batch, planned: Cut, block_size: int, order: Int64s | No
             places[order] = np.arange(len(order))
         arrays["sampled_token"] = cut.positions_of(places[batch.sampled])
     return arrays
+
+
+def _starts(counts: IntArray) -> Int64s:
+    """Where each of them begins when they lie side by side, and where the last ends."""
+    return np.concatenate((np.zeros(1, np.int64), counts.cumsum(dtype=np.int64)))
 
 
 def _ranges(starts: Int64s, counts: Int64s) -> Int64s:

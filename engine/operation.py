@@ -4,6 +4,7 @@ Models are made of Operations and plain arithmetic; the tracer of the nano-batch
 leaf. Nothing here knows about streams, nano-batches or ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
@@ -116,3 +117,15 @@ class Operation(nn.Module):
     def into(self, output: Tensor, *inputs: object) -> None:
         """Compute as `forward` does, with the result in `output`, which has its shape and dtype."""
         output.copy_(self(*inputs))
+
+    def computed_by(self, compute: Callable[..., Tensor]) -> None:
+        """From now on `compute` does what `forward` and `into` do: of their inputs, and with an `output` by that name.
+
+        Both become attributes of this operation, so layers need not know who computes them.
+        """
+
+        def into(output: Tensor, *inputs: object) -> None:
+            compute(*inputs, output=output)
+
+        self.forward = compute
+        self.into = into  # type: ignore[method-assign]

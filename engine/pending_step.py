@@ -58,10 +58,12 @@ class PendingStep:
         *,
         plan_name: str,
         times: StepTimes | None,
+        num_padding_tokens: int = 0,
     ) -> None:
         self._step = step
         self._plan_name = plan_name
         self._times = times
+        self._num_padding_tokens = num_padding_tokens
         self._plan = plan
         self._clock = clock
         self._copied: torch.cuda.Event | None = None
@@ -104,6 +106,7 @@ class PendingStep:
             device_seconds=self._clock.seconds(),
             times=self._times,
             plan=self._plan_name,
+            num_padding_tokens=self._num_padding_tokens,
         )
 
     def _logprobs(self, num_drawn: int) -> tuple[TokenLogprob | None, ...] | None:

@@ -43,6 +43,11 @@ class SamplingPlan:
     logprobs_indices: Int64s
     num_top: Int64s
 
+    @property
+    def only_draws(self) -> bool:
+        """Whether tokens are drawn from the logits as they are, and nothing else is wanted."""
+        return all(name.startswith(("plain_", "filtered_")) for name in self.arrays)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sections:

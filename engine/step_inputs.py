@@ -6,11 +6,15 @@ said otherwise (CPU indexing wants int64; kernels convert).
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from engine.kernels.prefill import PrefillPlan
 from engine.kv_cache import KVCache
+
+if TYPE_CHECKING:  # Triton is not everywhere
+    from engine.kernels.gpu.decode_plan import DecodeScratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,14 @@ class StepInputs:
     each; `prefill_context_lengths` count each sequence's tokens up to and including its chunk. Host-side integers are
     known without a device synchronisation. `decode_parts` together are all decodes, if there are any: who can attend
     them at less cost than all at once does. `prefill_plans`, by sliding window: the first layer to need one makes it.
+
+    For kernels that read lengths on the device: `prefill_starts` [P + 1], the chunks' first places among the Q tokens
+    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`.
+
+    In a padded step, whose shapes are larger than its batch (see `engine.padded_inputs`), `num_decodes` counts lanes;
+    those without a decode have the length 0. Rows without a token have the position and the slot -1. Any row that is
+    not a decode's may be a chunk's, so `prefill_starts` count all rows, and both kinds of attention write to
+    `attention` [T, A], each to its own rows: first decodes to all lanes, then chunks, and zeros behind them.
     """
 
     tokens: Tensor
@@ -48,3 +60,7 @@ class StepInputs:
     kv_cache: KVCache
     decode_parts: tuple[DecodePart, ...] = ()
     prefill_plans: dict[int | None, PrefillPlan] = field(default_factory=dict, compare=False, repr=False)
+    prefill_starts: Tensor | None = None
+    prefill_lengths: Tensor | None = None
+    decode_plans: "dict[int | None, DecodeScratch]" = field(default_factory=dict, compare=False, repr=False)
+    attention: Tensor | None = None

@@ -19,7 +19,9 @@ from engine.request import SamplingParams
 _CPU_TOKENS = 8
 
 
-def warm_up(config: EngineConfig, model: Decoder, pipeline: Pipeline, device: torch.device) -> None:
+def warm_up(
+    config: EngineConfig, model: Decoder, pipeline: Pipeline, device: torch.device, *, uses_gpu_kernels: bool = False
+) -> None:
     """Run a prefill of the dense batch and a decode of every row, then forget both."""
     num_tokens = config.max_batch_tokens if device.type == "cuda" else min(_CPU_TOKENS, config.max_batch_tokens)
     counts = _chunk_sizes(num_tokens, config.max_model_len, config.max_sequences)
@@ -30,7 +32,7 @@ def warm_up(config: EngineConfig, model: Decoder, pipeline: Pipeline, device: to
     )
     num_blocks = max(num_decodes, int(sum(-(-counts // config.block_size))))
     cache = KVCache.allocate(config, num_blocks, device)
-    runner = ModelRunner(config, model, pipeline, cache, device)
+    runner = ModelRunner(config, model, pipeline, cache, device, uses_gpu_kernels=uses_gpu_kernels)
     for number, (starts, sizes, decodes) in enumerate(steps):
         runner.launch(_batch(number, starts, sizes, decodes, config.block_size)).wait()
 

@@ -20,6 +20,7 @@ from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
 from engine.gemm_peak import measure_gemm_peak
+from engine.gpu_model import use_gpu_kernels
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
 from engine.memory_budget import available_host_bytes, cache_budget, num_affordable_blocks
@@ -28,6 +29,7 @@ from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
+from engine.pipeline.capture import CaptureError, Captures
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_bytes import tensor_bytes
@@ -101,10 +103,11 @@ class Worker:
             pack_weights(model)
             return_freed_memory()  # weights as they were loaded, and now are packed
             use_compiled_kernels(model, pipeline, config, self._tell)
+        uses_gpu_kernels = device.type == "cuda" and use_gpu_kernels(model, config, device, self._tell)
         self._meter.mark()
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        warm_up(config, model, pipeline, device)
+        warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
@@ -113,7 +116,18 @@ class Worker:
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
         self._model, self._cache = model, cache
-        self._runner = ModelRunner(config, model, pipeline, cache, device, plans, returns_logprobs=self._rank == 0)
+        self._runner = ModelRunner(
+            config,
+            model,
+            pipeline,
+            cache,
+            device,
+            plans,
+            returns_logprobs=self._rank == 0,
+            uses_gpu_kernels=uses_gpu_kernels,
+        )
+        if uses_gpu_kernels:
+            self._capture_steps(self._runner, device)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
@@ -121,6 +135,13 @@ class Worker:
             gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
             dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
         )
+
+    def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
+        """Make steps CUDA graphs; a model that cannot become one runs without."""
+        try:
+            runner.pad_steps(Captures(device))
+        except CaptureError as error:
+            self._tell(f"no step becomes a CUDA graph. {error}")
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""

@@ -1,9 +1,17 @@
-"""What all tests share: nothing is read from, or written to, the cache of the user who runs them."""
+"""What all tests share: nothing is read from, or written to, the cache of the user who runs them.
 
+Without a GPU Triton's kernels are interpreted. Triton must know before it is first imported, whoever does that.
+"""
+
+import os
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -254,7 +254,9 @@ class JoinTokens(Operation):
         self.width = width
 
     def forward(self, decode_DA: Tensor, prefill_QA: Tensor) -> Tensor:
-        """[D, A], [Q, A] -> [T, A]."""
+        """[D, A], [Q, A] -> [T, A]; twice the same tensor is what both kinds were written to."""
+        if decode_DA is prefill_QA:
+            return decode_DA
         if prefill_QA.shape[0] == 0:
             return decode_DA
         if decode_DA.shape[0] == 0:

@@ -4,6 +4,8 @@ Rank r holds rows r * R .. r * R + R - 1 with R = ceil(vocabulary / size); the l
 padding, which no token selects and which is cut off the logits. Shapes: T, K tokens, E hidden, V vocabulary, R rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -69,6 +71,9 @@ class VocabParallelHead(nn.Module):
         self.all_gather = AllGather(tensor_parallel, num_rows * tensor_parallel.size)
         # Finds the best token of every row of logits, where a rank has compiled it.
         self.best: CompiledKernel | None = None
+        # Draws the tokens of a `SamplingPlan` that `only_draws`, where a rank has kernels for it: of logits, plan and
+        # the plan's arrays.
+        self.draw: Callable[..., Tensor] | None = None
 
     def best_kernel(self, dtype: str) -> Kernel:
         """What `best` would be compiled from."""

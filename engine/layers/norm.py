@@ -1,5 +1,7 @@
 """Root-mean-square normalisation (arXiv 1910.07467)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class RMSNorm(Operation):
     """
 
     resource = Resource.MEMORY
+    # The norm of the sum of two hidden states, and that sum, where a rank has a kernel that computes both.
+    of_sum: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ class StepParts:
                 decodes = (0, 0)
         chunks = self._chunks(*prefills)
         first, last = (chunks[0][0], chunks[-1][0] + 1) if chunks else (0, 0)
+        starts, lengths = self._chunks_on_device(first, last, *prefills)
         return StepInputs(
             tokens=source.tokens[tokens],
             positions=source.positions[tokens],
@@ -94,7 +95,17 @@ class StepParts:
             prefill_chunk_sizes=tuple(size for _, size, _ in chunks),
             prefill_context_lengths=tuple(length for _, _, length in chunks),
             kv_cache=step.kv_cache,
+            prefill_starts=starts,
+            prefill_lengths=lengths,
         )
+
+    def _chunks_on_device(self, first: int, last: int, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
+        """Starts and context lengths of the pieces, on chunks `first` to `last`, where layers read them there."""
+        starts, lengths = self._step.prefill_starts, self._step.prefill_lengths
+        if starts is None or lengths is None or first == last:
+            return None, None
+        ends = starts[first + 1 : last + 1]
+        return starts[first : last + 1].clamp(start, stop) - start, lengths[first:last] - (ends - ends.clamp(max=stop))
 
     def _chunks(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(index, size, context length) of the pieces of chunks among prefill tokens `start` to `stop`."""

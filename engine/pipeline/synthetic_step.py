@@ -56,6 +56,10 @@ def synthetic_step(shape: BatchShape, max_model_len: int, cache: KVCache, device
     ranges = zip(sizes, lengths, strict=True)
     positions = torch.cat([torch.arange(length - size, length) for size, length in ranges])
     slots = tables[rows, positions // cache.block_size] * cache.block_size + positions % cache.block_size
+    starts, ends = None, None
+    if device.type == "cuda":  # where kernels read them
+        starts = torch.tensor([0, *(size for size, _ in chunks)], dtype=torch.int64).cumsum(0).to(device)
+        ends = torch.tensor([length for _, length in chunks], dtype=torch.int64, device=device)
     return StepInputs(
         tokens=torch.zeros_like(positions).to(device),
         positions=positions.to(device),
@@ -68,6 +72,8 @@ def synthetic_step(shape: BatchShape, max_model_len: int, cache: KVCache, device
         prefill_chunk_sizes=tuple(size for size, _ in chunks),
         prefill_context_lengths=tuple(length for _, length in chunks),
         kv_cache=cache,
+        prefill_starts=starts,
+        prefill_lengths=ends,
     )
 
 

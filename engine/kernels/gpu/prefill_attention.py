@@ -60,8 +60,9 @@ def prefill_attention(
 
     Chunk i is the queries from `query_starts_P1[i]` up to `query_starts_P1[i + 1]`, the last tokens of the
     `context_lengths_P[i]` that are cached of its sequence. Chunks may be empty. Queries behind the last chunk give
-    zeros. Keys and values are [N, K, S, d]; queries and output may be slices of wider rows. `scale` is positive.
-    Raises `ConfigError` for shapes or dtypes that do not fit.
+    zeros; rows of the output before the first chunk are somebody else's and stay as they are. Keys and values are
+    [N, K, S, d]; queries and output may be slices of wider rows. `scale` is positive. Raises `ConfigError` for shapes
+    or dtypes that do not fit.
     """
     check_attention(query_QHd, keys, values, block_tables_PB, window, output)
     num_sequences = len(block_tables_PB)
@@ -163,7 +164,7 @@ def attend_chunks(
     first_query = (number - start // QUERIES - sequence) * QUERIES
     is_padding = sequence == num_sequences
     stop = tl.load(query_starts + sequence + 1, mask=sequence < num_sequences, other=num_tokens).to(tl.int32)
-    if start + first_query < stop:
+    if (sequence >= 0) & (start + first_query < stop):
         query_M = first_query + tl.arange(0, ROWS) // PACKED
         head_M = first_head + tl.arange(0, ROWS) % PACKED
         dims_d = tl.arange(0, WIDTH)
@@ -207,7 +208,8 @@ def _sequence_of(
 ) -> tuple[tl.tensor, tl.tensor]:
     """The sequence that a tile belongs to and its first query: the last whose tiles begin at `number` or before.
 
-    Those of sequence p begin at start // QUERIES + p, which leaves each as many as it needs; p = P is the padding.
+    Those of sequence p begin at start // QUERIES + p, which leaves each as many as it needs; p = P is the padding, and
+    p = -1 what lies before the first.
     """
     sequence = -1
     for first in range(0, num_sequences + 1, SEARCH):
@@ -215,7 +217,7 @@ def _sequence_of(
         start_S = tl.load(query_starts + number_S, mask=number_S <= num_sequences, other=0).to(tl.int32)
         is_before_S = (number_S <= num_sequences) & (start_S // QUERIES + number_S <= number)
         sequence += tl.sum(is_before_S.to(tl.int32))
-    return sequence, tl.load(query_starts + sequence).to(tl.int32)
+    return sequence, tl.load(query_starts + tl.maximum(sequence, 0)).to(tl.int32)
 
 
 @triton.jit

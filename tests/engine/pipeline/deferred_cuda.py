@@ -4,6 +4,7 @@ Work given to a stream is kept, and run later in any order that streams and even
 streams may do, they do here. For every piece of work it is also known what must have ended before it begins.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,3 +140,63 @@ def deferred_cuda() -> Iterator[DeferredCuda]:
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=NUM_UNITS)
         )
         yield cuda
+
+
+@dataclass
+class RecordedGraphs:
+    """What captures ask of torch.cuda, noted; a graph is what was called while it was open."""
+
+    cuda: DeferredCuda
+    log: list[str] = field(default_factory=list)
+    settings: list[tuple[object, object, object]] = field(default_factory=list)
+    num_pools: int = 0
+    sync_mode: int = 0
+
+    def graph_pool_handle(self) -> tuple[str, int]:
+        self.num_pools += 1
+        return ("pool", self.num_pools)
+
+    @contextmanager
+    def graph(
+        self, graph: "RecordedGraph", *, pool: object, stream: DeferredStream, capture_error_mode: str
+    ) -> Iterator[None]:
+        self.settings.append((pool, stream, capture_error_mode))
+        self.log.append("begin")
+        with self.cuda.stream(stream):
+            yield
+        self.log.append("end")
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        if mode == "error":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        self.sync_mode = 2 if mode == "error" else int(mode)
+
+    def wait_for_the_device(self) -> None:
+        """What `Tensor.item` does."""
+        if self.sync_mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+
+class RecordedGraph:
+    num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+
+
+@contextmanager
+def recorded_graphs(cuda: DeferredCuda) -> Iterator[RecordedGraphs]:
+    """What captures ask of torch.cuda, too."""
+    graphs = RecordedGraphs(cuda)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in {
+            "graph_pool_handle": graphs.graph_pool_handle,
+            "graph": graphs.graph,
+            "CUDAGraph": RecordedGraph,
+            "get_sync_debug_mode": lambda: graphs.sync_mode,
+            "set_sync_debug_mode": graphs.set_sync_debug_mode,
+            "synchronize": lambda device=None: graphs.log.append("synchronize"),
+        }.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(DeferredStream, "device", DEVICE, raising=False)
+        yield graphs

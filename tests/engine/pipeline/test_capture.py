@@ -1,9 +1,6 @@
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +16,16 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.trial import MIN_ROUNDS, Contestant, Trial
 from engine.random_checkpoint import sized_config
 from engine.tensor_parallel import TensorParallel
-from tests.engine.pipeline.deferred_cuda import DEVICE, DeferredCuda, DeferredStream, deferred_cuda
-
-
-@dataclass
-class _Graphs:
-    """What captures ask of torch.cuda, noted; a graph is what was called while it was open."""
-
-    cuda: DeferredCuda
-    log: list[str] = field(default_factory=list)
-    settings: list[tuple[object, object, object]] = field(default_factory=list)
-    num_pools: int = 0
-    sync_mode: int = 0
-
-    def graph_pool_handle(self) -> tuple[str, int]:
-        self.num_pools += 1
-        return ("pool", self.num_pools)
-
-    @contextmanager
-    def graph(
-        self, graph: "_Graph", *, pool: object, stream: DeferredStream, capture_error_mode: str
-    ) -> Iterator[None]:
-        self.settings.append((pool, stream, capture_error_mode))
-        self.log.append("begin")
-        with self.cuda.stream(stream):
-            yield
-        self.log.append("end")
-
-    def set_sync_debug_mode(self, mode: int | str) -> None:
-        if mode == "error":
-            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
-        self.sync_mode = 2 if mode == "error" else int(mode)
-
-    def wait_for_the_device(self) -> None:
-        """What `Tensor.item` does."""
-        if self.sync_mode == 2:
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-
-class _Graph:
-    num_replays = 0
-
-    def replay(self) -> None:
-        self.num_replays += 1
+from tests.engine.pipeline.deferred_cuda import DEVICE, RecordedGraphs, deferred_cuda, recorded_graphs
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Graphs]:
-    with deferred_cuda() as cuda:
-        graphs = _Graphs(cuda)
-        for name, fake in {
-            "graph_pool_handle": graphs.graph_pool_handle,
-            "graph": graphs.graph,
-            "CUDAGraph": _Graph,
-            "get_sync_debug_mode": lambda: graphs.sync_mode,
-            "set_sync_debug_mode": graphs.set_sync_debug_mode,
-            "synchronize": lambda device=None: graphs.log.append("synchronize"),
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(DeferredStream, "device", DEVICE, raising=False)
+def graphs() -> Iterator[RecordedGraphs]:
+    with deferred_cuda() as cuda, recorded_graphs(cuda) as graphs:
         yield graphs
 
 
-def _run(graphs: _Graphs, result: object = "result") -> Callable[[], object]:
+def _run(graphs: RecordedGraphs, result: object = "result") -> Callable[[], object]:
     def run() -> object:
         graphs.log.append(f"run on {graphs.cuda.current.name}, sync mode {graphs.sync_mode}")
         graphs.cuda.queue(lambda: None)
@@ -90,7 +34,7 @@ def _run(graphs: _Graphs, result: object = "result") -> Callable[[], object]:
     return run
 
 
-def test_two_runs_warm_up_on_the_stream_that_is_captured(graphs: _Graphs) -> None:
+def test_two_runs_warm_up_on_the_stream_that_is_captured(graphs: RecordedGraphs) -> None:
     graphs.cuda.queue(lambda: None)
     captured = Captures(DEVICE).capture(_run(graphs))
     assert graphs.log == [
@@ -106,7 +50,7 @@ def test_two_runs_warm_up_on_the_stream_that_is_captured(graphs: _Graphs) -> Non
     assert captured._graph.num_replays == 2  # type: ignore[attr-defined]
 
 
-def test_captures_share_a_pool_and_a_stream_and_leave_other_threads_alone(graphs: _Graphs) -> None:
+def test_captures_share_a_pool_and_a_stream_and_leave_other_threads_alone(graphs: RecordedGraphs) -> None:
     captures = Captures(DEVICE)
     captures.capture(_run(graphs))
     captures.capture(_run(graphs))
@@ -115,7 +59,7 @@ def test_captures_share_a_pool_and_a_stream_and_leave_other_threads_alone(graphs
     assert first[0] == ("pool", 1) and graphs.num_pools == 1 and first[2] == "thread_local"
 
 
-def test_a_run_that_waits_for_the_device_is_refused_before_anything_is_recorded(graphs: _Graphs) -> None:
+def test_a_run_that_waits_for_the_device_is_refused_before_anything_is_recorded(graphs: RecordedGraphs) -> None:
     def run() -> None:
         graphs.cuda.queue(lambda: None)
         graphs.wait_for_the_device()
@@ -127,7 +71,7 @@ def test_a_run_that_waits_for_the_device_is_refused_before_anything_is_recorded(
     assert graphs.cuda.current is graphs.cuda.main
 
 
-def test_other_errors_stay_what_they_are(graphs: _Graphs) -> None:
+def test_other_errors_stay_what_they_are(graphs: RecordedGraphs) -> None:
     calls: list[int] = []
 
     def run() -> None:
@@ -141,7 +85,7 @@ def test_other_errors_stay_what_they_are(graphs: _Graphs) -> None:
     assert calls == [0, 2] and graphs.sync_mode == 0
 
 
-def test_what_the_graph_reads_lives_as_long_as_the_graph(graphs: _Graphs) -> None:
+def test_what_the_graph_reads_lives_as_long_as_the_graph(graphs: RecordedGraphs) -> None:
     class Input:
         pass
 

@@ -1,7 +1,6 @@
-"""Without a GPU Triton's kernels are interpreted; that must be known before the first of them is made."""
+"""Tests of kernels run on a GPU where there is one, else interpreted (see tests/conftest.py); without Triton, not."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 from tests.engine.kernels.gpu.sm90 import Sm90Compiler, sm90_compiler
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 

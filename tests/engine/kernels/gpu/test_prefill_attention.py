@@ -91,6 +91,32 @@ def test_chunks_of_all_kinds(
     check(output, expected(query, cache, sizes), dtype)
 
 
+@pytest.mark.parametrize("num_others", [1, 31, 32, 33, 100])
+def test_rows_before_the_first_chunk_are_left_alone(num_others: int, device: torch.device) -> None:
+    """Rows of decodes, fewer and more than a tile of queries; and where there is no chunk, only padding follows."""
+    lengths, sizes = (40, 70, 9), (40, 3, 0)
+    cache = PagedCache.random(lengths, num_kv_heads=2, block_size=16, head_dim=64, dtype=torch.float32, device=device)
+    query = torch.randn(num_others + sum(sizes) + 5, 4, 64, device=device)
+    for is_empty in (False, True):
+        output = torch.full_like(query, 7.0)
+        prefill_attention(
+            query,
+            cache.keys,
+            cache.values,
+            cache.block_tables,
+            starts_of((0, 0, 0) if is_empty else sizes, cache) + num_others,
+            cache.lengths,
+            scale=SCALE,
+            output=output,
+            config=SMALL,
+        )
+        assert bool((output[:num_others] == 7).all())
+        wanted = (
+            torch.zeros(query.shape, dtype=torch.float64) if is_empty else expected(query[num_others:], cache, sizes)
+        )
+        check(output[num_others:], wanted[-len(query) + num_others :], torch.float32)
+
+
 @pytest.mark.parametrize("window", [1, 5, 31, 32, 33, 64, 100, 1000])
 def test_window(window: int, device: torch.device) -> None:
     lengths, sizes = (100, 130, 33), (100, 20, 33)

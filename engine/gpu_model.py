@@ -1,0 +1,58 @@
+"""What a rank does to a model that will run on a GPU, once its weights are there: see `engine.kernels.gpu`.
+
+Here is decided whether the kernels can compute it, from sizes alone: all of them or none.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from engine.config import EngineConfig
+from engine.models.decoder import Decoder
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HEAD_DIMS = (16, 32, 64, 128, 256)
+_BLOCK_SIZES = (16, 32, 64, 128)
+_MAX_WIDTH = 65536  # that one program holds
+_MAX_EXPERTS = 512
+_ROW_BYTES = 16  # what tiles of experts are loaded by
+# Where kernels are interpreted there are none; so few programs then that tests see what several of them share.
+_INTERPRETED_SMS = 2
+
+
+def use_gpu_kernels(model: Decoder, config: EngineConfig, device: torch.device, tell: Callable[[str], None]) -> bool:
+    """Have the model's operations computed by kernels; where they cannot, tell why, and plain torch goes on."""
+    reason = unsupported(config)
+    if reason is None and importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    if reason is not None:
+        tell(f"layers are computed by plain torch and no step becomes a CUDA graph: {reason}")
+        return False
+    from engine.gpu_operations import compute_with_kernels
+
+    is_gpu = device.type == "cuda"
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else _INTERPRETED_SMS
+    compute_with_kernels(model, num_sms)
+    return True
+
+
+def unsupported(config: EngineConfig) -> str | None:
+    """What of this model or its cache the kernels cannot do; None where nothing is."""
+    model, dtype = config.model, config.dtype.value
+    if dtype not in _DTYPES:
+        return f"kernels compute in {', '.join(_DTYPES)}, not in {dtype}"
+    if model.head_dim not in _HEAD_DIMS:
+        return f"kernels want heads of {', '.join(map(str, _HEAD_DIMS))} elements, not of {model.head_dim}"
+    if config.block_size not in _BLOCK_SIZES:
+        return f"kernels want blocks of {', '.join(map(str, _BLOCK_SIZES))} tokens, not of {config.block_size}"
+    if model.hidden_size > _MAX_WIDTH:
+        return f"kernels want hidden states of at most {_MAX_WIDTH} elements, not of {model.hidden_size}"
+    if model.num_experts > _MAX_EXPERTS:
+        return f"kernels route to at most {_MAX_EXPERTS} experts, not to {model.num_experts}"
+    if model.num_experts:
+        per_rank = model.moe_intermediate_size // config.tensor_parallel
+        for num_elements in (model.hidden_size, per_rank):
+            if num_elements * config.dtype.num_bytes % _ROW_BYTES:
+                return f"kernels want experts' rows of a multiple of {_ROW_BYTES} bytes, not of {num_elements} elements"
+    return None

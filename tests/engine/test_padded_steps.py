@@ -1,0 +1,206 @@
+"""Padded steps draw the tokens that steps as large as their batches draw, from any bucket and any mix."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from engine.batch import Batch, StepOutput
+from engine.config import EngineConfig
+from engine.model_config import Architecture
+from engine.model_runner import ModelRunner
+from engine.padded_inputs import packed_step
+from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.nano_batch import Cut, NanoBatch
+from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.split_schedule import split_schedule
+from engine.request import SamplingParams
+from engine.token_bucket import TokenBucket
+from engine.worker import Worker
+from tests.engine.batch_script import BatchScript
+from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, answers, config_of, runner_of
+from tests.engine.pipeline.deferred_cuda import DEVICE as CUDA
+from tests.engine.pipeline.deferred_cuda import deferred_cuda, recorded_graphs
+
+pytest.importorskip("triton")
+
+SAMPLINGS = [
+    GREEDY,
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, top_p=0.9),
+    SamplingParams(temperature=0, logprobs=1),
+]
+
+
+@dataclass
+class _Recording:
+    """Stands in for `Captures`: a graph computes again what was recorded, into the same result, from nothing new."""
+
+    buckets: list[int] = field(default_factory=list)
+    num_replays: int = 0
+
+    def capture(self, run: Callable[[], Tensor]) -> "_Graph":
+        result = run()
+        self.buckets.append(len(result))
+        return _Graph(self, run, result)
+
+
+@dataclass
+class _Graph:
+    recording: _Recording
+    run: Callable[[], Tensor]
+    result: Tensor
+
+    def replay(self) -> Tensor:
+        self.recording.num_replays += 1
+        return self.result.copy_(self.run())
+
+
+def padded_runner(config: EngineConfig, captures: Any = None) -> ModelRunner:
+    runner = runner_of(config, kernels=True)
+    runner.pad_steps(captures)
+    return runner
+
+
+def launched(runner: ModelRunner, sizes: list[tuple[int, int]]) -> Callable[[Batch], StepOutput]:
+    """Launches, and notes how many tokens each step had and how many rows it was padded by."""
+
+    def launch(batch: Batch) -> StepOutput:
+        output = runner.launch(batch).wait()
+        sizes.append((batch.num_tokens, output.num_padding_tokens))
+        return output
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        Architecture.LLAMA,
+        Architecture.MIXTRAL,
+        pytest.param(Architecture.MISTRAL, marks=pytest.mark.slow),
+        pytest.param(Architecture.QWEN3, marks=pytest.mark.slow),
+    ],
+)
+def test_padded_steps_draw_the_same_tokens(architecture: Architecture) -> None:
+    config = config_of(architecture)
+    plain: list[tuple[int, int]] = []
+    padded: list[tuple[int, int]] = []
+    expected = answers(config, launched(runner_of(config, kernels=False), plain), SAMPLINGS)
+    assert answers(config, launched(padded_runner(config), padded), SAMPLINGS) == expected
+    assert [size for size, _ in padded] == [size for size, _ in plain] and not any(padding for _, padding in plain)
+    assert {size + padding for size, padding in padded} <= {1, 2, 4, 8, 16, 32, 40}
+    assert any(padding for _, padding in padded)
+
+
+@pytest.mark.slow
+def test_graphs_are_captured_from_the_largest_and_serve_every_mix() -> None:
+    """All recorded before the first batch is known, and on an untouched cache; nothing but graphs runs afterwards."""
+    config = config_of(Architecture.LLAMA, max_batch_tokens=22)
+    recording = _Recording()
+    runner = padded_runner(config, recording)
+    assert recording.buckets == [22, 16, 8, 4, 2, 1]
+    assert not any(tensor.any() for tensor in runner._kv_cache.keys + runner._kv_cache.values)
+    sizes: list[tuple[int, int]] = []
+    plain = runner_of(config, kernels=False)
+    expected = answers(config, lambda batch: plain.launch(batch).wait(), SAMPLINGS)
+    assert answers(config, launched(runner, sizes), SAMPLINGS) == expected
+    assert recording.num_replays == len(sizes)
+
+
+def test_all_graphs_lie_in_one_pool() -> None:
+    """As torch is asked for them."""
+    runner = runner_of(config_of(Architecture.LLAMA, max_batch_tokens=6), kernels=True)
+    with deferred_cuda() as cuda, recorded_graphs(cuda) as graphs:
+        runner.pad_steps(Captures(CUDA))
+        assert graphs.log == ["begin", "end"] * 4 and graphs.num_pools == 1
+        assert len({pool for pool, _, _ in graphs.settings}) == 1
+        script = BatchScript(NUM_BLOCKS, 16)
+        script.admit(0, PROMPTS[3], GREEDY)
+        assert runner.launch(script.step(prefills=[(0, 3)])).wait().num_padding_tokens == 1
+        assert runner.padded is not None
+        captured = runner.padded._captured
+        replays = {bucket.num_tokens: captured[bucket]._graph.num_replays for bucket in captured}  # type: ignore[attr-defined]
+        assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
+
+
+def test_a_model_that_waits_for_the_device_goes_on_without_graphs() -> None:
+    class Refusing:
+        def capture(self, run: object) -> None:
+            raise CaptureError("It waits.")
+
+    config = config_of(Architecture.LLAMA)
+    runner = runner_of(config, kernels=True)
+    told: list[str] = []
+    worker = Worker(config)
+    worker._tell_host = told.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.worker.Captures", lambda device: Refusing())
+        worker._capture_steps(runner, CUDA)
+    assert runner.padded is None
+    assert told == ["no step becomes a CUDA graph. It waits."]
+
+
+def test_steps_that_no_bucket_holds_run_as_large_as_they_are() -> None:
+    """More tokens than any bucket, more chunks than one has room for, and steps of a plan that cuts them."""
+    config = config_of(Architecture.LLAMA)
+    runner = padded_runner(config)
+    assert runner.padded is not None
+    runner.padded.buckets = (TokenBucket(num_tokens=8, num_lanes=6, num_chunks=1),)
+    script = BatchScript(NUM_BLOCKS, config.block_size)
+    for row in (0, 1):
+        script.admit(row, PROMPTS[3], GREEDY)
+    padding = []
+    for prefills in ([(0, 1)], [(0, 1), (1, 1)], [(1, 1)]):
+        padding.append(runner.launch(script.step(prefills=prefills)).wait().num_padding_tokens)
+    script.admit(2, list(range(9)), GREEDY)
+    padding.append(runner.launch(script.step(prefills=[(2, 9)])).wait().num_padding_tokens)
+    halves = (NanoBatch(num_decodes=1, num_prefills=0),) * 2
+    padding.append(runner.launch(script.step(decodes=[2])).wait().num_padding_tokens)
+    runner.use(PlanChoice(split_schedule(runner.pipeline.graph, Cut(nano_batches=halves))), overlaps=False)
+    padding.append(runner.launch(script.step(decodes=[2])).wait().num_padding_tokens)
+    assert padding == [7, 0, 7, 0, 7, 0]
+
+
+def test_padded_and_other_steps_follow_each_other() -> None:
+    """Decodes that repeat, some of them padded and some not: neither goes on from what the other left."""
+    config = config_of(Architecture.LLAMA)
+    answered = []
+    for kernels in (False, True):
+        runner = runner_of(config, kernels=kernels)
+        script = BatchScript(NUM_BLOCKS, config.block_size)
+        for row, prompt in enumerate(PROMPTS[2:]):
+            script.admit(row, prompt, SAMPLINGS[row])
+        tokens = [runner.launch(script.step(prefills=[(0, 17), (1, 3)])).wait().token_ids.tolist()]
+        if kernels:
+            runner.pad_steps(None)
+        padded = runner.padded
+        for step in range(6):
+            runner.padded = padded if step in (1, 4) else None
+            tokens.append(runner.launch(script.step(decodes=[0, 1])).wait().token_ids.tolist())
+        answered.append(tokens)
+    assert answered[0] == answered[1]
+
+
+def test_what_travels_says_what_is_there_and_what_is_not() -> None:
+    bucket = TokenBucket(num_tokens=8, num_lanes=3, num_chunks=3)
+    batch = Batch(
+        step=0,
+        admissions=(),
+        block_updates=np.zeros((0, 3), np.int32),
+        rows=np.array([5, 2, 7, 1], np.int32),
+        starts=np.array([9, 4, 0, 30], np.int32),
+        counts=np.array([1, 1, 3, 2], np.int32),
+        num_decodes=2,
+        sampled=np.zeros(0, np.int32),
+    )
+    packed = packed_step(bucket, batch, np.array([5, 2, 7, 7, 7, 1, 1]), np.array([9, 4, 0, 1, 2, 30, 31]))
+    rows, positions, lane_rows, lane_lengths, chunk_rows, starts, lengths = np.split(
+        packed, np.cumsum([8, 8, 3, 3, 3, 4])
+    )
+    assert rows.tolist() == [5, 2, 7, 7, 7, 1, 1, 0] and positions.tolist() == [9, 4, 0, 1, 2, 30, 31, -1]
+    assert lane_rows.tolist() == [5, 2, 0] and lane_lengths.tolist() == [10, 5, 0]
+    assert chunk_rows.tolist() == [7, 1, 0] and starts.tolist() == [2, 5, 7, 7] and lengths.tolist() == [3, 32, 0]
