@@ -126,14 +126,14 @@ def attend_tiles(
     bfloat16 before they meet the values, as FlashAttention does (Dao et al. 2022). Returns nothing of use.
     """
     num_units, num_queries = rows_Un.shape
-    num_kv_heads, block_size, head_dim = keys.shape[1:]
+    num_kv_heads, _, head_dim = keys.shape[1:]
     group_size = query_QHd.shape[1] // num_kv_heads
     wide = torch.float32 if keys.element_size() <= 2 else keys.dtype
     narrow = keys.dtype if keys.dtype is torch.bfloat16 and has_bfloat16_products() else wide
     query_UnGd = query_QHd.view(-1, group_size, head_dim)[rows_Un].to(wide)
     query_UMd = query_UnGd.transpose(1, 2).reshape(num_units, -1, head_dim)
     keys_ULd, values_ULd = (
-        cache.view(-1, block_size, head_dim)[tiles_UB].to(dtype).view(num_units, -1, head_dim)
+        _tiles(cache, tiles_UB).to(dtype).view(num_units, -1, head_dim)
         for cache, dtype in ((keys, wide), (values, narrow))
     )
     scores_UGnL = torch.bmm(query_UMd, keys_ULd.transpose(1, 2)).view(num_units, group_size, num_queries, -1) * scale
@@ -146,6 +146,12 @@ def attend_tiles(
     attended_UnGd = attended_UMd.view(num_units, group_size, num_queries, head_dim).transpose(1, 2)
     output_QHd.view(-1, group_size, head_dim)[rows_Un] = attended_UnGd.to(output_QHd.dtype)
     return limits_Un.new_zeros(1)
+
+
+def _tiles(cache: Tensor, tiles_UB: Tensor) -> Tensor:
+    """[N, K, S, d] -> [U, B, S, d]; FP8 is copied as bytes, see `reference`."""
+    stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    return stored.view(-1, *cache.shape[2:])[tiles_UB].view(cache.dtype)
 
 
 @functools.cache

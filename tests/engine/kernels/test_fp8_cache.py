@@ -49,12 +49,11 @@ def test_attention_reads_what_was_stored(device: str, window: int | None) -> Non
     )
     assert torch.equal(found, expected) and found.dtype is torch.bfloat16
     if device == "cpu":
-        plan = PrefillPlan.of(
-            tables, (5, 4), LENGTHS, num_kv_heads=2, num_heads=4, head_dim=16, block_size=4, window=window
+        plan = PrefillPlan.of(tables, (5, 4), LENGTHS, num_kv_heads=2, num_heads=4, block_size=4, window=window)
+        found, expected = (
+            prefill_attention(query_QHd, *cache, plan, scale=0.25, window=window) for cache in ((keys, values), wide)
         )
-        assert torch.equal(
-            prefill_attention(query_QHd, keys, values, plan, 0.25), prefill_attention(query_QHd, *wide, plan, 0.25)
-        )
+        assert torch.equal(found, expected)
 
 
 def test_what_does_not_fit_is_finite() -> None:
