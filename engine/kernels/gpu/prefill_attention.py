@@ -127,7 +127,17 @@ def prefill_flops(
     return 4 * num_heads * head_dim * num_pairs
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "block_tables",
+        "query_starts",
+        "context_lengths",
+        "table_stride",
+        "num_tokens",
+        "num_sequences",
+        "window",
+    ]
+)
 def attend_chunks(
     query: tl.tensor,
     keys: tl.tensor,

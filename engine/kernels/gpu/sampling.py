@@ -129,7 +129,17 @@ def _draw(
     return output_K
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "seeds",
+        "positions",
+        "temperatures",
+        "threshold_keys",
+        "threshold_ids",
+        "ranked_rows",
+        "tiles_per_split",
+    ]
+)
 def draw_kernel(
     logits: tl.tensor,
     seeds: tl.tensor,
@@ -254,7 +264,7 @@ def _best_drawn(
     return best, best_key, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["output", "num_splits"])
 def merge_kernel(parts: tl.tensor, output: tl.tensor, num_splits: tl.tensor, BLOCK: tl.constexpr) -> None:
     """The best split of a row: by score, then by the logit that breaks a tie, then by the lowest id."""
     row = tl.program_id(0)
