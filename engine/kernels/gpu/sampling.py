@@ -125,7 +125,8 @@ def _draw(
         TILE=_TILE,
         num_warps=_WARPS,
     )
-    merge_kernel[(num_rows,)](parts_3KS, output_K, num_splits, BLOCK=1 << (num_splits - 1).bit_length(), num_warps=1)
+    # There are no more splits than tiles; how many there are depends on the rows, and must not mean another kernel.
+    merge_kernel[(num_rows,)](parts_3KS, output_K, num_splits, BLOCK=1 << (num_tiles - 1).bit_length(), num_warps=1)
     return output_K
 
 
