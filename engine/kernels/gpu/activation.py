@@ -87,7 +87,7 @@ def _gated(gate_up: tl.tensor, first: tl.tensor, columns: tl.tensor, width: tl.t
     return narrow(silu * up, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def silu_mul_kernel(
     gate_up: tl.tensor,
     output: tl.tensor,
@@ -104,7 +104,7 @@ def silu_mul_kernel(
         tl.store(output + start + columns, _gated(gate_up, 2 * start, columns, width), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales", "num_rows"])
 def silu_mul_fp8_kernel(
     gate_up: tl.tensor,
     output: tl.tensor,

@@ -5,6 +5,7 @@ Legend: L tokens of a tile, d head dimension. What has to be in flight follows f
 (one CTA's products hide behind the other's loads), and a launch on few SMs, one CTA each, takes as many as fit.
 """
 
+import functools
 from dataclasses import dataclass
 
 # Shared memory that two CTAs of an SM, or one alone, may take: 228 KiB less 1 KiB that the driver takes for each.
@@ -47,6 +48,7 @@ def padded_rows(group_size: int) -> int:
     return max(16, 1 << (group_size - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=256)
 def decode_config(
     *, head_dim: int, group_size: int, cache_bytes: int, query_bytes: int, num_ctas: int, num_sms: int = 132
 ) -> DecodeConfig:

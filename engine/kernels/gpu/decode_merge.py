@@ -41,7 +41,7 @@ def merge_parts(
     )
 
 
-@triton.jit(do_not_specialize=["value_scale"])
+@triton.jit(do_not_specialize=["value_scale", "capacity"])
 def _merge(
     num_planned: tl.tensor,
     tiles: tl.tensor,

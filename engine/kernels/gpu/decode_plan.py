@@ -135,7 +135,7 @@ def _span(
     return length, begin, first_tile, tl.maximum((length + TILE - 1) // TILE - first_tile, 1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "longest"])
+@triton.jit(do_not_specialize=["lengths", "block_tables", "num_rows", "table_stride", "capacity", "window", "longest"])
 def _plan(
     lengths: tl.tensor,
     block_tables: tl.tensor,

@@ -37,7 +37,7 @@ from engine.kernels.gpu.fp8_cache import widened
 _LOWEST = tl.constexpr(-1.0e30)
 
 
-@triton.jit(do_not_specialize=["score_scale", "value_scale"])
+@triton.jit(do_not_specialize=["score_scale", "value_scale", "capacity"])
 def attend_shares(
     query: tl.tensor,
     keys: tl.tensor,

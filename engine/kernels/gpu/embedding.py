@@ -46,7 +46,7 @@ def embedding(
     return output_TE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "first_row", "num_rows", "num_tokens"])
 def embedding_kernel(
     tokens: tl.tensor,
     weight: tl.tensor,

@@ -97,7 +97,7 @@ def route(
     return routing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _pick_experts(
     logits: tl.tensor,
     scores: tl.tensor,
@@ -152,7 +152,7 @@ def _pick_experts(
     tl.store(counts + block * NUM_EXPERTS + experts_X, counts_X, mask=experts_X < NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _place_copies(
     experts: tl.tensor,
     counts: tl.tensor,

@@ -89,7 +89,7 @@ def _store_slices(
         tl.store(places + offsets, narrow(sums, output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_scales", "num_rows"])
 def persistent_gemm(
     a: tl.tensor,
     b: tl.tensor,

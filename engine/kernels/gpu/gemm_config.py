@@ -6,6 +6,7 @@ more often than their own speed does. The choice is a pure function of the shape
 graph and a rerun get the same kernel, hence the same rounding.
 """
 
+import functools
 from dataclasses import dataclass
 
 # What an SM of an H200 sustains inside a large product: estimates for choosing (8 TB/s from L2, 730 TFLOP/s in bfloat16
@@ -58,6 +59,7 @@ CANDIDATES = (
 CORESIDENT = GemmConfig(rows=128, columns=256, num_warps=8, num_stages=3, group=16, epilogue_parts=8, max_registers=200)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_config(num_rows: int, num_columns: int, num_inner: int, num_sms: int, element_bytes: int = 2) -> GemmConfig:
     """The candidate with the smallest `predicted_seconds`; of equals the one with the larger tile."""
     return min(

@@ -5,6 +5,8 @@ that is partly empty; with few copies each, small tiles lose less. A gated tile 
 its `columns` are half of a plain one's for the same registers and the same bytes per stage.
 """
 
+import functools
+
 from engine.kernels.gpu.gemm_config import GemmConfig, tile_seconds
 
 GATED_CANDIDATES = (
@@ -20,6 +22,7 @@ PLAIN_CANDIDATES = (
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_grouped_config(
     num_copies: int,
     num_experts: int,

@@ -145,7 +145,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales", "num_rows"])
 def rms_norm_kernel(
     hidden: tl.tensor,
     residual: tl.tensor,

@@ -37,8 +37,8 @@ from engine.kernels.gpu.prefill_config import PrefillConfig, packed_heads, prefi
 
 # Smaller than any score, yet finite: the difference of two of them is a number.
 _LOWEST = tl.constexpr(-1.0e30)
-# Starts of sequences compared at once.
-_LARGEST_SEARCH = 1024
+# Starts of sequences compared at once: as many whatever their number, which must not mean another kernel to compile.
+_SEARCH = 256
 
 
 def prefill_attention(
@@ -109,7 +109,7 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         ROWS=config.rows,
         TILE=config.tile,
-        SEARCH=min(triton.next_power_of_2(num_sequences + 1), _LARGEST_SEARCH),
+        SEARCH=_SEARCH,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,
@@ -128,7 +128,17 @@ def prefill_flops(
     return 4 * num_heads * head_dim * num_pairs
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "block_tables",
+        "query_starts",
+        "context_lengths",
+        "table_stride",
+        "num_tokens",
+        "num_sequences",
+        "window",
+    ]
+)
 def attend_chunks(
     query: tl.tensor,
     keys: tl.tensor,

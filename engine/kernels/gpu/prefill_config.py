@@ -7,6 +7,7 @@ at half their width; with 128 registers two CTAs of them fit an SM, and one's so
 These are estimates: `CANDIDATES` is what a benchmark should time.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -52,6 +53,7 @@ def packed_heads(group_size: int, rows: int) -> int:
     return min(group_size & -group_size, rows // 16)
 
 
+@functools.lru_cache(maxsize=256)
 def prefill_config(*, head_dim: int, query_bytes: int) -> PrefillConfig:
     """A pure function of the model."""
     if query_bytes == 4:

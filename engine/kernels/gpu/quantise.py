@@ -73,7 +73,7 @@ def scaled_to_e4m3(values_E: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     return narrow(values_E * tl.div_rn(1.0, scale), tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales", "num_rows"])
 def quantise_rows_kernel(
     hidden: tl.tensor,
     output: tl.tensor,

@@ -141,7 +141,7 @@ def _checked(
     return query_THd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "slots", "num_tokens", "num_positions", "num_slots"])
 def rotate_and_write_kernel(
     qkv: tl.tensor,
     positions: tl.tensor,

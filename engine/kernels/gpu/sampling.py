@@ -125,11 +125,22 @@ def _draw(
         TILE=_TILE,
         num_warps=_WARPS,
     )
-    merge_kernel[(num_rows,)](parts_3KS, output_K, num_splits, BLOCK=1 << (num_splits - 1).bit_length(), num_warps=1)
+    # There are no more splits than tiles; how many there are depends on the rows, and must not mean another kernel.
+    merge_kernel[(num_rows,)](parts_3KS, output_K, num_splits, BLOCK=1 << (num_tiles - 1).bit_length(), num_warps=1)
     return output_K
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "seeds",
+        "positions",
+        "temperatures",
+        "threshold_keys",
+        "threshold_ids",
+        "ranked_rows",
+        "tiles_per_split",
+    ]
+)
 def draw_kernel(
     logits: tl.tensor,
     seeds: tl.tensor,
@@ -254,7 +265,7 @@ def _best_drawn(
     return best, best_key, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["output", "num_splits"])
 def merge_kernel(parts: tl.tensor, output: tl.tensor, num_splits: tl.tensor, BLOCK: tl.constexpr) -> None:
     """The best split of a row: by score, then by the logit that breaks a tie, then by the lowest id."""
     row = tl.program_id(0)

@@ -105,7 +105,7 @@ def check_logits(logits_KV: Tensor) -> tuple[int, int]:
     return logits_KV.shape[0], logits_KV.shape[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures", "top_ks", "top_ps", "min_ps", "keys", "last_ids", "by_rank"])
 def threshold_kernel(
     logits: tl.tensor,
     temperatures: tl.tensor,

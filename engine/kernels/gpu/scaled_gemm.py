@@ -38,6 +38,7 @@ def scaled_gemm(
     Values float8_e4m3fn, scales float32 ([T] or [T, 1], [N] or [N, 1]); `b_NK` as nn.Linear stores it. With `num_sms`
     at most so many programs run, and a configuration may be given; without it the whole device does. The persistent
     kernel adds bias and residual before the one rounding; cublasLt's path adds the residual to the rounded output.
+    `output` may be `residual_TN` itself.
     Raises ConfigError where an operand does not fit the others.
     """
     _check(a_TK, a_scales_T, b_NK, b_scales_N)
@@ -52,13 +53,33 @@ def scaled_gemm(
     if not library_takes(a_TK, b_NK, bias_N, output, dtype):
         all_sms = torch.cuda.get_device_properties(a_TK.device).multi_processor_count
         return launch_gemm(a_TK, b_NK, all_sms, residual_TN, bias_N, a_scales_T, b_scales_N, output, dtype, config)
-    if output is None:
-        output = a_TK.new_empty((a_TK.shape[0], b_NK.shape[0]), dtype=dtype)
+    return _library_gemm(a_TK, a_scales_T, b_NK, b_scales_N, bias_N, residual_TN, output, dtype)
+
+
+def _library_gemm(
+    a_TK: Tensor,
+    a_scales_T: Tensor,
+    b_NK: Tensor,
+    b_scales_N: Tensor,
+    bias_N: Tensor | None,
+    residual_TN: Tensor | None,
+    output: Tensor | None,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """cublasLt's product, and the residual added to it."""
+    # Where the residual is to be replaced, the product must not be written over it before it is added.
+    is_in_place = residual_TN is not None and output is not None and output.data_ptr() == residual_TN.data_ptr()
+    if output is None or is_in_place:
+        product = a_TK.new_empty((a_TK.shape[0], b_NK.shape[0]), dtype=output_dtype)
+    else:
+        product = output
     torch._scaled_mm(
-        a_TK, b_NK.T, a_scales_T.view(-1, 1), b_scales_N.view(1, -1), bias=bias_N, out_dtype=dtype, use_fast_accum=True,
-        out=output,
+        a_TK, b_NK.T, a_scales_T.view(-1, 1), b_scales_N.view(1, -1), bias=bias_N, out_dtype=output_dtype,
+        use_fast_accum=True, out=product,
     )  # fmt: skip
-    return output if residual_TN is None else output.add_(residual_TN)
+    if residual_TN is None:
+        return product
+    return torch.add(product, residual_TN, out=product if output is None else output)
 
 
 def library_takes(

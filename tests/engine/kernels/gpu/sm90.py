@@ -105,6 +105,13 @@ class Sm90Compiler:
             for answer in answers
         ]
 
+    def variants(self, launcher: Callable[[], object]) -> list[str]:
+        """Call a function as `launches` does; for each launch say which kernel it would run, of those that Triton makes
+        of one function for arguments of other types, sizes and alignments. Nothing is compiled.
+        """
+        name = f"{launcher.__module__}:{launcher.__qualname__}"
+        return [answer["variant"] for answer in self._ask(name, {"launcher": name, "compiles": False})]
+
     def _ask(self, name: str, request: Mapping[str, object]) -> list[dict[str, Any]]:
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
@@ -173,7 +180,7 @@ def _compile(
     return _resources(source, options)
 
 
-def _launches(launcher: str) -> list[dict[str, Any]]:
+def _launches(launcher: str, compiles: bool = True) -> list[dict[str, Any]]:
     """What `JITFunction.run` does up to the launch, for every kernel that the function launches."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime import jit
@@ -185,8 +192,10 @@ def _launches(launcher: str) -> list[dict[str, Any]]:
         options["debug"] = False
         bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
         packed = kernel._pack_args(backend, options, *bind(*arguments, **options))
-        resources = _resources(ASTSource(kernel, *packed[1:]), packed[0].__dict__)
-        launches.append({"kernel": kernel.__name__, "grid": grid, "resources": resources})
+        launch = {"kernel": kernel.__name__, "grid": grid, "variant": f"{kernel.__name__} {packed}"}
+        if compiles:
+            launch["resources"] = _resources(ASTSource(kernel, *packed[1:]), packed[0].__dict__)
+        launches.append(launch)
 
     run = jit.JITFunction.run
     jit.JITFunction.run = record

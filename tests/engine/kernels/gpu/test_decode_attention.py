@@ -143,6 +143,15 @@ def test_an_fp8_cache_is_its_numbers_times_their_scales(dtype: torch.dtype, devi
     check(attend(query, cache, 3, None, 0.5, 3.0), wanted, dtype if dtype is torch.float32 else cache.keys.dtype)
 
 
+def test_queries_beyond_float16_are_cut_where_an_fp8_cache_widens_to_it(device: torch.device) -> None:
+    cache = PagedCache.random(
+        (40,), num_kv_heads=1, block_size=16, head_dim=64, dtype=torch.float8_e4m3fn, device=device
+    )
+    query = (torch.randint(2, (1, 2, 64)) * 2.0 - 1).to(device, torch.bfloat16)
+    wanted = expected((query * 65504).double(), cache, None, 1e-6, 1.0)
+    check(attend(query * 1e5, cache, 2, None, 1e-6, 1.0), wanted, cache.keys.dtype)
+
+
 def test_queries_and_output_may_be_slices_of_wider_rows(device: torch.device) -> None:
     cache = PagedCache.random((70, 20), num_kv_heads=1, block_size=16, head_dim=64, dtype=torch.float32, device=device)
     fused = torch.randn(2, 6, 64, device=device)

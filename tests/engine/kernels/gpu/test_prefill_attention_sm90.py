@@ -39,7 +39,7 @@ def compiled(
             "BLOCK_SIZE": block_size,
             "ROWS": config.rows,
             "TILE": config.tile,
-            "SEARCH": 64,
+            "SEARCH": 256,
         },
         config.num_warps,
         config.num_stages,

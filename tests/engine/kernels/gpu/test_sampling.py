@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.gumbel import hash_bits
+from engine.gumbel import gumbel_noise, hash_bits
 from engine.kernels.gpu.sampling import best_tokens, draw_tokens, splits_of
 from engine.request import SamplingParams
 from engine.sampler import best_token_ids, sample
@@ -145,6 +145,23 @@ def test_of_equal_logits_the_first_are_drawn(device: torch.device) -> None:
     given_K = drawn_by_kernel(logits_KV, params, [3] * 16)
     assert torch.equal(given_K, drawn_by_sampler(logits_KV, params, [3] * 16))
     assert set(given_K.tolist()) <= {0, 1}
+
+
+@MASKS
+def test_a_tile_that_only_large_noise_can_save_is_not_left_out(device: torch.device) -> None:
+    """A token far behind, in the second tile, whose noise of more than 12 makes up for what its logit lacks."""
+    ids_V = torch.arange(8192)
+    positions_K = torch.arange(400)
+    noise_KV = gumbel_noise(torch.zeros(400, dtype=torch.int64), positions_K, ids_V)
+    largest_K, tokens_K = noise_KV[:, 4096:].max(1)
+    position = int(largest_K.argmax())
+    token = 4096 + int(tokens_K[position])
+    assert noise_KV[position, token] > 12
+    logits_KV = torch.full((1, 8192), float("-inf"), device=device)
+    logits_KV[0, token] = 0.0
+    logits_KV[0, 5] = noise_KV[position, token] - noise_KV[position, 5] - 0.1
+    drawn = drawn_by_kernel(logits_KV, [SamplingParams(seed=0, temperature=1.0)], [position], num_splits=1)
+    assert drawn.tolist() == [token]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.kernels.gpu.gemm_config import GemmConfig
 from engine.kernels.gpu.quantise import quantise_rows_reference
-from engine.kernels.gpu.scaled_gemm import library_takes, scaled_gemm, scaled_gemm_reference
+from engine.kernels.gpu.scaled_gemm import _library_gemm, library_takes, scaled_gemm, scaled_gemm_reference
 
 SMALL = GemmConfig(rows=16, columns=32, num_warps=4, num_stages=3, group=3, epilogue_parts=2, inner_bytes=32)
 Quantised = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -63,6 +63,33 @@ def test_bias_and_residual_are_not_scaled(num_sms: int | None, device: torch.dev
     assert actual is output
     expected = exact(operands) + bias_N + residual_TN
     assert_within(actual, expected, operands, device, added_sizes=float(bias_N.abs().max() + residual_TN.abs().max()))
+
+
+@pytest.mark.parametrize("num_sms", [None, 2])
+def test_the_output_may_be_the_residual(num_sms: int | None, device: torch.device) -> None:
+    operands = quantised(20, 32, 64, device)
+    stream = torch.randn(20, 32, device=device)
+    expected = exact(operands) + stream
+    size = float(stream.abs().max())
+    assert scaled_gemm(*operands, residual_TN=stream, output=stream, num_sms=num_sms) is stream
+    assert_within(stream, expected, operands, device, added_sizes=size)
+
+
+@pytest.mark.parametrize("given", ["nothing", "an output", "the residual"])
+def test_what_the_library_writes_over_is_not_the_residual(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product is written before the residual is read; where there is no GPU, something stands for it."""
+
+    def product(a_TK: Tensor, b_KN: Tensor, a_T1: Tensor, b_1N: Tensor, *, out: Tensor, **_: object) -> Tensor:
+        return out.copy_(scaled_gemm_reference(a_TK, a_T1, b_KN.T, b_1N, output_dtype=out.dtype))
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    operands = quantised(20, 32, 64, torch.device("cpu"))
+    stream = torch.randn(20, 32)
+    expected = scaled_gemm_reference(*operands, output_dtype=torch.float32) + stream
+    output = {"nothing": None, "an output": torch.empty(20, 32), "the residual": stream}[given]
+    actual = _library_gemm(*operands, None, stream, output, torch.float32)
+    assert output is None or actual is output
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_every_stored_value_takes_part(device: torch.device) -> None:
