@@ -40,7 +40,8 @@ def main(given: Sequence[str] | None = None) -> int:
         from gpu_parts.part_runs import run_part
 
         (part,) = arguments.part
-        return 0 if run_part(part, arguments.out, arguments.seconds, arguments.schedules, arguments.seed) else 1
+        given_to_it = arguments.out, arguments.seconds, arguments.schedules, arguments.seed, arguments.scratch
+        return 0 if run_part(part, *given_to_it) else 1
     parts = [part for part in Part if arguments.part is None or part in arguments.part]
     with tempfile.TemporaryDirectory(prefix="nanoserve-gpu-") as scratch:
         folder = arguments.out or Path(scratch)
@@ -59,6 +60,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 2**31, help="of random inputs; default: another one"
     )
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check-worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(given)
@@ -99,7 +101,9 @@ def run_parts(parts: Sequence[Part], folder: Path, seconds: float, passed_on: Se
             "--out",
             str(folder),
         ]
-        process = subprocess.Popen([*command, "--seconds", f"{share:.1f}", *passed_on], env=environment)
+        process = subprocess.Popen(
+            [*command, "--seconds", f"{share:.1f}", "--scratch", str(scratch), *passed_on], env=environment
+        )
         try:
             code = process.wait(timeout=share + SECONDS_TO_BEGIN + _GRACE_SECONDS)
         except subprocess.TimeoutExpired:

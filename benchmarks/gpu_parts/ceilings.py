@@ -200,7 +200,9 @@ def _measure_product(
     first = next(iter(named))
     whole = named[first]
     ceiling = tera / whole.seconds if isinstance(whole, Timing) else None
-    shown = {f"{name} M={num_tokens} {kind} {library} {bench.num_sms} SMs" for library in ("cublasLt", "ours")}
+    shown: set[str] = set()
+    if num_tokens in grid.tokens[:2]:
+        shown = {f"{name} M={num_tokens} {kind} {library} {bench.num_sms} SMs" for library in ("cublasLt", "ours")}
     rate_rows(
         ledger, "product", named, tera, "TFLOP/s", ceiling, note=described(readings), is_shown=lambda key: key in shown
     )

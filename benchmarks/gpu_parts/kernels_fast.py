@@ -34,6 +34,7 @@ from engine.kernels.gpu.rotary import rotate_and_write
 from engine.kernels.gpu.sampling import best_tokens, draw_tokens
 
 SECONDS = 0.2
+_NUM_BEST = 3  # of all candidates, in the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,11 @@ def _decodes(ledger: Ledger, budget: Budget, bench: BenchDevice, grid: FastGrid,
             kind = "fp8" if is_fp8 else "bf16"
             contestants = {f"{num_sequences} x {length} {kind} {ctas} CTAs": [decodes.run(ctas)] for ctas in grid.ctas}
             timings = bench.timer.time(contestants, SECONDS * 2)
-            rate_rows(ledger, "decode attention", timings, decodes.num_bytes / 1e12, "TB/s", ceiling / 1e12)
+            shown = tuple(f" {ctas} CTAs" for ctas in grid.ctas[:3])
+            rate_rows(
+                ledger, "decode attention", timings, decodes.num_bytes / 1e12, "TB/s", ceiling / 1e12,
+                is_shown=lambda name, shown=shown: name.endswith(shown),  # type: ignore[misc]
+            )  # fmt: skip
 
 
 def _decode_choices(ledger: Ledger, budget: Budget, bench: BenchDevice, grid: FastGrid, ceiling: float) -> None:
@@ -98,6 +103,7 @@ def _decode_choices(ledger: Ledger, budget: Budget, bench: BenchDevice, grid: Fa
     num_sequences, length = grid.decodes[0]
     model = grid.model
     decodes = Decodes.random(spread_lengths(num_sequences, length), model, bench)
+    rates: dict[str, float] = {}
     for config in decode_candidates(model.num_heads // model.num_kv_heads, model.head_dim):
         if not budget.has(5):
             ledger.skip("decode choices", described(config), NO_TIME)
@@ -107,7 +113,12 @@ def _decode_choices(ledger: Ledger, budget: Budget, bench: BenchDevice, grid: Fa
             for ctas in (bench.num_sms, 2 * bench.num_sms)
         }
         timings = bench.timer.time(contestants, SECONDS)
-        rate_rows(ledger, "decode choices", timings, decodes.num_bytes / 1e12, "TB/s", ceiling / 1e12)
+        rates |= rate_rows(
+            ledger, "decode choices", timings, decodes.num_bytes / 1e12, "TB/s", ceiling / 1e12,
+            is_shown=lambda name: False,
+        )  # fmt: skip
+    for name in sorted(rates, key=lambda name: -rates[name])[:_NUM_BEST]:
+        ledger.add(Row(group="decode choices", name=name, value=rates[name], unit="TB/s", ceiling=ceiling / 1e12))
 
 
 def _prefills(ledger: Ledger, budget: Budget, bench: BenchDevice, grid: FastGrid, ceiling: float) -> None:

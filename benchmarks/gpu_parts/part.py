@@ -20,13 +20,13 @@ class Part(StrEnum):
 # Of 570 seconds, when all run; a part alone gets all of them. What each leaves out first: see docs/GPU.md.
 WEIGHTS = {
     Part.KERNELS_CORRECT: 95,
-    Part.CORRECTNESS: 40,
-    Part.CEILINGS: 65,
-    Part.KERNELS_FAST: 75,
-    Part.CO_RUN: 50,
-    Part.PIPELINE: 35,
-    Part.THROUGHPUT: 160,
-    Part.PEERS: 50,
+    Part.CORRECTNESS: 30,
+    Part.CEILINGS: 55,
+    Part.KERNELS_FAST: 60,
+    Part.CO_RUN: 40,
+    Part.PIPELINE: 30,
+    Part.THROUGHPUT: 220,
+    Part.PEERS: 40,
 }
 SECONDS_TO_BEGIN = 8.0  # a process, torch, a context of CUDA: not counted as the part's own
 

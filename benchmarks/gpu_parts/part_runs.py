@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -31,13 +32,15 @@ def heading() -> dict[str, Any]:
     }
 
 
-def run_part(part: Part, folder: Path, seconds: float, schedules: Path | None, seed: int) -> bool:
-    """Write the part's file, and say whether nothing in it was wrong."""
+def run_part(
+    part: Part, folder: Path, seconds: float, schedules: Path | None, seed: int, scratch: Path | None = None
+) -> bool:
+    """Write the part's file, and say whether nothing in it was wrong. `scratch` is shared by the parts of a run."""
     torch.backends.cuda.matmul.allow_tf32 = False
     budget = Budget(seconds)
     ledger = Ledger(part.value, folder, heading())
     try:
-        _run(part, ledger, budget, schedules, seed)
+        _run(part, ledger, budget, schedules, seed, scratch)
     except Exception as error:
         ledger.add(Row(group=part.value, name="ended early", is_right=False, note=f"{type(error).__name__}: {error}"))
         ledger.save()
@@ -46,7 +49,7 @@ def run_part(part: Part, folder: Path, seconds: float, schedules: Path | None, s
     return ledger.is_right
 
 
-def _run(part: Part, ledger: Ledger, budget: Budget, schedules: Path | None, seed: int) -> None:
+def _run(part: Part, ledger: Ledger, budget: Budget, schedules: Path | None, seed: int, scratch: Path | None) -> None:
     """Imports are here: a part that cannot be imported must not keep the others from running."""
     if part is Part.KERNELS_CORRECT:
         from gpu_parts.check_sizes import FULL
@@ -75,12 +78,12 @@ def _run(part: Part, ledger: Ledger, budget: Budget, schedules: Path | None, see
 
         run_pipeline(ledger, budget, torch.device("cuda", torch.cuda.current_device()), schedules)
     else:
-        _run_engine(part, ledger, budget)
+        _run_engine(part, ledger, budget, scratch)
 
 
-def _run_engine(part: Part, ledger: Ledger, budget: Budget) -> None:
+def _run_engine(part: Part, ledger: Ledger, budget: Budget, scratch: Path | None) -> None:
     """Parts that need a folder for checkpoints."""
-    with tempfile.TemporaryDirectory(prefix="nanoserve-gpu-") as name:
+    with tempfile.TemporaryDirectory(prefix="part-", dir=scratch) as name:
         root = Path(name)
         if part is Part.CORRECTNESS:
             from gpu_parts.correctness import check_engine
@@ -90,12 +93,15 @@ def _run_engine(part: Part, ledger: Ledger, budget: Budget) -> None:
         from gpu_parts.large_checkpoint import write_large_checkpoint
         from gpu_parts.throughput import llama_8b_shape, measure_throughput
 
-        started = time.monotonic()
-        write_large_checkpoint(root / "llama-3-8b", llama_8b_shape())
-        ledger.add(Row(group="checkpoint", name="written in", value=time.monotonic() - started, unit="s"))
+        checkpoint = (scratch or root) / "llama-3-8b"
+        if not checkpoint.exists():  # an earlier part of this run has left it
+            started = time.monotonic()
+            write_large_checkpoint(root / "unfinished", llama_8b_shape())
+            shutil.move(root / "unfinished", checkpoint)
+            ledger.add(Row(group="checkpoint", name="written in", value=time.monotonic() - started, unit="s"))
         if part is Part.THROUGHPUT:
-            measure_throughput(ledger, budget, root / "llama-3-8b")
+            measure_throughput(ledger, budget, checkpoint)
         else:
             from gpu_parts.peer_contest import run_contest
 
-            run_contest(ledger, budget, root / "llama-3-8b")
+            run_contest(ledger, budget, checkpoint)

@@ -1,5 +1,6 @@
 """Checks of matrix products: every candidate on a ragged shape, the chosen one on a model's, and those of experts."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -143,7 +144,7 @@ def _routing(shape: tuple[int, int, int]) -> Check:
 
 
 def _weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    weights = torch.randn(shape, device=device) / shape[-1] ** 0.5
+    weights = torch.randn(shape, device=device) / math.sqrt(shape[-1])
     return weights.to(dtype)
 
 

@@ -221,7 +221,7 @@ def _rotary(
 
     def expect() -> dict[str, Tensor]:
         heads = qkv.double().view(num_tokens, -1, head_dim)
-        wide_query, wide_key, wide_value = torch.split(heads, (num_heads, num_kv_heads, num_kv_heads), 1)
+        wide_query, wide_key, wide_value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], 1)
         if weights[0] is not None and weights[1] is not None:
             wide_query, wide_key = _normed(wide_query, weights[0]), _normed(wide_key, weights[1])
         cos, sin = table[positions][:, None].double().chunk(2, -1)

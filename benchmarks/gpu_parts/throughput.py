@@ -76,7 +76,7 @@ class LoadSizes:
     window_seconds: float = 8.0
     warm_seconds: float = 1.5
     fill_seconds: float = 60.0
-    least_seconds: float = 60.0
+    least_seconds: float = 50.0
 
 
 def measure_throughput(

@@ -61,12 +61,13 @@ class ContinuousEngine:
         self.version = version("transformers")
         names = inspect.signature(ContinuousBatchingConfig).parameters
         page = "page_size" if "page_size" in names else "block_size"  # as older releases call it
-        config = ContinuousBatchingConfig(
-            **{page: _BLOCK_SIZE},
-            num_blocks=-(-setup.cache_tokens // _BLOCK_SIZE) + setup.max_sequences,
-            max_batch_tokens=MAX_BATCH_TOKENS,
-            max_requests_per_batch=setup.max_sequences,
-        )
+        settings: dict[str, Any] = {
+            page: _BLOCK_SIZE,
+            "num_blocks": -(-setup.cache_tokens // _BLOCK_SIZE) + setup.max_sequences,
+            "max_batch_tokens": MAX_BATCH_TOKENS,
+            "max_requests_per_batch": setup.max_sequences,
+        }
+        config = ContinuousBatchingConfig(**settings)
         self._manager = _model(setup).init_continuous_batching(continuous_batching_config=config)
         self._manager.start()
 
