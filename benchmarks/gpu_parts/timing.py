@@ -72,9 +72,14 @@ class GraphTimer:
                 run()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for run in runs:
-                run()
+        # Not torch.cuda.graph, which empties torch's cache of memory and may collect garbage for each of a thousand.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for run in runs:
+                    run()
+            finally:
+                graph.capture_end()
         graph.replay()
         torch.cuda.synchronize(self._device)
         return graph

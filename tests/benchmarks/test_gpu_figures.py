@@ -62,6 +62,7 @@ def test_ceilings_have_a_row_for_every_shape_library_and_number(tmp_path: Path) 
     assert rows["2 CTAs"].value == pytest.approx(READ_BYTES / 1e-3 / 1e9)
 
 
+@pytest.mark.slow
 def test_without_time_rows_say_so(tmp_path: Path) -> None:
     ledger = quiet_ledger(tmp_path)
     grid = CeilingGrid(model=TINY_MODEL, tokens=(8,), sms=(6,), ctas=(2,), read_bytes=READ_BYTES)
@@ -174,21 +175,26 @@ class RecordedCuda:
         cuda = self
 
         class Entered:
-            def __init__(self, stream: Any, captured: list[int] | None = None) -> None:
-                self._stream, self._captured = stream, captured
+            def __init__(self, stream: Any) -> None:
+                self._stream = stream
 
             def __enter__(self) -> None:
-                self._before = cuda.current, cuda.captured
+                self._before = cuda.current
                 cuda.current = self._stream.name
-                if self._captured is not None:
-                    cuda.captured = self._captured
 
             def __exit__(self, *error: object) -> None:
-                cuda.current, cuda.captured = self._before
+                cuda.current = self._before
 
         class Graph:
             def __init__(self) -> None:
                 self.count = [0]
+
+            def capture_begin(self, capture_error_mode: str) -> None:
+                assert cuda.current == "side" and cuda.captured is None
+                cuda.captured = self.count
+
+            def capture_end(self) -> None:
+                cuda.captured = None
 
             def replay(self) -> None:
                 cuda.now += self.count[0]
@@ -210,7 +216,6 @@ class RecordedCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: cuda.stream_of(cuda.current))
         monkeypatch.setattr(torch.cuda, "stream", Entered)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: Entered(stream, graph.count))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
 

@@ -146,6 +146,7 @@ def test_the_first_workload_comes_first_and_all_are_there(tmp_path: Path) -> Non
     assert llama_8b_shape().num_layers == 32
 
 
+@pytest.mark.slow
 def test_the_engine_is_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts.correctness, "PROMPT_LENGTHS", (1, 7, 33))
     monkeypatch.setattr(gpu_parts.correctness, "NUM_OUTPUT_TOKENS", 4)
