@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,16 +71,18 @@ class CheckPool:
                 if not budget.has(1.0):
                     found.put(_problem(checks[number], NO_TIME))
                     continue
-                if process is None:
-                    process = self._begin()
-                result = self._ask(process, checks[number], number, min(self._seconds, budget.left + 10))
-                if process.poll() is not None:
+                try:
+                    process = process or self._begin()
+                    result = self._ask(process, checks[number], number, min(self._seconds, budget.left + 10))
+                except Exception as error:  # whatever breaks here must not leave the reader waiting for a result
+                    result = _problem(checks[number], repr(error))
+                if process is not None and process.poll() is not None:
                     process = None
                 found.put(result)
             if process is not None:
                 _end(process)
 
-        threads = [threading.Thread(target=_guarded(work, found), daemon=True) for _ in range(self._num_workers)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(self._num_workers)]
         for thread in threads:
             thread.start()
         for _ in checks:
@@ -106,6 +108,8 @@ class CheckPool:
             process.stdin.write(f"{number}\n")
             process.stdin.flush()
             line = process.stdout.readline()
+            while line and not line.startswith("{"):  # what something printed while it was imported
+                line = process.stdout.readline()
         except OSError:
             pass
         finally:
@@ -118,18 +122,6 @@ class CheckPool:
         if "CUDA error" in result.problem or "AcceleratorError" in result.problem:
             _end(process)  # the context is lost, whatever comes next would fail
         return result
-
-
-def _guarded(work: Callable[[], None], found: "queue.SimpleQueue[CheckResult]") -> Callable[[], None]:
-    """Whatever breaks in the pool itself must not leave it waiting for results."""
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            found.put(CheckResult(name="check worker", error=0, worst=0, seconds=0, problem=repr(error)))
-
-    return run
 
 
 def _problem(check: Check, problem: str) -> CheckResult:
