@@ -23,7 +23,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 TORCH ?=
 TORCH_PINNED = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-# What `make gpu` measures (default: everything), and further arguments, such as ARGS="--json FILE".
+# The part of `make gpu` to run (default: all), and further arguments, such as ARGS="--out DIR --seconds 570".
 PART ?=
 ARGS ?=
 
@@ -74,7 +74,7 @@ test-slow: install  ## run the slow tests
 test-all: install  ## run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not multi_gpu"
 
-gpu:  ## measure on one CUDA device; PART=pipeline for a part of it; PYTHON=python3 uses that Python and installs nothing
+gpu:  ## measure on one CUDA device; PART=ceilings runs a part of it; PYTHON=python3 uses that Python, installs nothing
 ifeq ($(origin PYTHON),command line)
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) $(ARGS)
 else

@@ -136,9 +136,8 @@ class Bench:
         return lambda: self.pipeline.run(step, contestant.schedule, lanes, Stopwatch())
 
 
-def check_pipeline(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
+def check_pipeline(device: torch.device) -> Iterator[dict[str, Any]]:
     """One row per model, number format and mode: the largest relative error of all batches and repeats."""
-    rows = []
     for architecture in (Architecture.LLAMA, Architecture.MIXTRAL):
         shape = sized_config(
             architecture, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=8, num_kv_heads=2
@@ -155,11 +154,8 @@ def check_pipeline(device: torch.device) -> tuple[list[dict[str, Any]], bool]:
                 equal &= _check_batch(bench, batch, captures, errors)
             for mode, error in errors.items():
                 is_right = equal and error <= TOLERANCES[dtype]
-                rows.append({"model": architecture.value, "dtype": dtype.value, "mode": mode, "error": error})
-                rows[-1]["is_right"] = is_right
-                verdict = "" if is_right else "  WRONG" if equal else "  WRONG TOKENS"
-                print(f"  {architecture.value:20} {dtype.value:9} {mode:20} error {error:.1e}{verdict}", flush=True)
-    return rows, all(row["is_right"] for row in rows)
+                row = {"model": architecture.value, "dtype": dtype.value, "mode": mode, "error": error}
+                yield row | {"is_right": is_right, "same_tokens": equal}
 
 
 @torch.inference_mode()
@@ -201,7 +197,9 @@ def _check_batch(bench: Bench, shape: BatchShape, captures: Captures | None, err
     return equal
 
 
-def measure_pipeline(device: torch.device, schedules: Path | None) -> list[dict[str, Any]]:
+def measure_pipeline(
+    device: torch.device, schedules: Path | None, seconds_per_trial: float = SECONDS_PER_TRIAL
+) -> Iterator[dict[str, Any]]:
     """One row per batch, library of matrix products and schedule. Only cublasLt honours shares of execution units."""
     shape = sized_config(
         Architecture.LLAMA,
@@ -216,7 +214,6 @@ def measure_pipeline(device: torch.device, schedules: Path | None) -> list[dict[
     bench = Bench.of(shape, DType.BFLOAT16, device)
     trial = Trial(bench.config, bench.pipeline, TensorParallel())
     planned = list(_planned(bench.pipeline, schedules))
-    rows: list[dict[str, Any]] = []
     chosen_before = torch.backends.cuda.preferred_blas_library()
     try:
         for library in ("cublas", "cublaslt"):
@@ -229,30 +226,31 @@ def measure_pipeline(device: torch.device, schedules: Path | None) -> list[dict[
                 for name, schedule in planned:
                     if schedule.fits(int(batch.num_decodes), int(batch.num_prefills)):
                         contestants[name] = Contestant(schedule, True)
-                rows += _measure_batch(bench, trial, batch_name, batch, library, contestants)
+                yield from _measure_batch(bench, trial, batch_name, batch, library, contestants, seconds_per_trial)
     finally:
         torch.backends.cuda.preferred_blas_library(chosen_before)
-    return rows
 
 
 def _measure_batch(
-    bench: Bench, trial: Trial, batch_name: str, batch: BatchShape, library: str, contestants: dict[str, Contestant]
+    bench: Bench,
+    trial: Trial,
+    batch_name: str,
+    batch: BatchShape,
+    library: str,
+    contestants: dict[str, Contestant],
+    seconds_per_trial: float,
 ) -> Iterator[dict[str, Any]]:
-    timings = trial.run(list(contestants.values()), batch, SECONDS_PER_TRIAL)
+    timings = trial.run(list(contestants.values()), batch, seconds_per_trial)
     launched = _launched_seconds(bench, batch, list(contestants.values()))
     for (name, _), timing, eager in zip(contestants.items(), timings, launched, strict=True):
-        gains = timings[0].seconds / timing.seconds, launched[0] / eager
-        print(
-            f"  {batch_name:8} {library:9} {name:24} captured {1e3 * timing.seconds:8.2f} ms ({gains[0]:.3f} x)"
-            f"   launched {1e3 * eager:8.2f} ms ({gains[1]:.3f} x)",
-            flush=True,
-        )
         yield {
             "batch": batch_name,
             "library": library,
             "schedule": name,
             "captured_seconds": timing.seconds,
             "launched_seconds": eager,
+            "captured_gain": timings[0].seconds / timing.seconds,
+            "launched_gain": launched[0] / eager,
             "num_rounds": len(timing.rounds),
         }
 

@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
-from platformdirs import user_cache_dir
-
 CACHE_VARIABLE = "NANOSERVE_CACHE_DIR"
 
 
 def cache_directory() -> Path:
     """$NANOSERVE_CACHE_DIR, or what the operating system provides for it."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("nanoserve")).expanduser()
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given).expanduser()
+    from platformdirs import user_cache_dir  # a machine that only measures may lack it
+
+    return Path(user_cache_dir("nanoserve"))

@@ -8,7 +8,7 @@ from peer_engines.peer import Peer
 from peer_engines.peer_engine import MAX_BATCH_TOKENS, EngineSetup, PeerRequest
 from peer_engines.worker_loop import serve
 
-from engine.config import EngineConfig
+from engine.config import DeviceKind, EngineConfig
 from engine.errors import EngineDeadError
 from engine.event_loop import new_event_loop
 from engine.inline_executor import InlineExecutor
@@ -28,6 +28,7 @@ def engine_config(setup: EngineSetup) -> EngineConfig:
         model=model,
         checkpoint=setup.checkpoint,
         dtype=dtype,
+        device=DeviceKind(setup.options.get("device", "cpu")),
         max_model_len=setup.max_model_len,
         max_batch_tokens=MAX_BATCH_TOKENS,
         max_sequences=setup.max_sequences,

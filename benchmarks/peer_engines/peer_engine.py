@@ -15,7 +15,8 @@ class EngineSetup:
     """What an engine loads and its limits, the same for all.
 
     `cache_tokens` is room for all requests of the workload at once. `converted` is a folder, kept between runs, for the
-    checkpoint in the engine's own format. `dtype` is "bfloat16" or "float32".
+    checkpoint in the engine's own format. `dtype` is "bfloat16" or "float32". Of `options`, "device" is "cuda" for
+    those that shall use a GPU.
     """
 
     checkpoint: Path

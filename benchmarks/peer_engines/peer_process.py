@@ -62,6 +62,10 @@ class PeerProcess:
                 self.ask("close", None, _CLOSE_SECONDS)
         self._signal(signal.SIGKILL)
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # what was never read by the dead process
+                    pipe.close()
 
     def _line(self, verb: str, seconds: float) -> bytes:
         assert self._process.stdout is not None

@@ -1,5 +1,6 @@
 """Hugging Face transformers: `generate` of one padded batch, and its continuous batching, both with SDPA attention."""
 
+import inspect
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -58,12 +59,15 @@ class ContinuousEngine:
         from transformers.generation import ContinuousBatchingConfig  # type: ignore[attr-defined]
 
         self.version = version("transformers")
-        config = ContinuousBatchingConfig(
-            page_size=_BLOCK_SIZE,
-            num_blocks=-(-setup.cache_tokens // _BLOCK_SIZE) + setup.max_sequences,
-            max_batch_tokens=MAX_BATCH_TOKENS,
-            max_requests_per_batch=setup.max_sequences,
-        )
+        names = inspect.signature(ContinuousBatchingConfig).parameters
+        page = "page_size" if "page_size" in names else "block_size"  # as older releases call it
+        settings: dict[str, Any] = {
+            page: _BLOCK_SIZE,
+            "num_blocks": -(-setup.cache_tokens // _BLOCK_SIZE) + setup.max_sequences,
+            "max_batch_tokens": MAX_BATCH_TOKENS,
+            "max_requests_per_batch": setup.max_sequences,
+        }
+        config = ContinuousBatchingConfig(**settings)
         self._manager = _model(setup).init_continuous_batching(continuous_batching_config=config)
         self._manager.start()
 
@@ -98,7 +102,7 @@ def _model(setup: EngineSetup) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         setup.checkpoint, dtype=getattr(torch, setup.dtype), attn_implementation="sdpa"
     )
-    model.eval()
+    model.to(setup.options.get("device", "cpu")).eval()
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generation_config = GenerationConfig.from_dict(greedy)
     return model

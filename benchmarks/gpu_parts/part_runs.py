@@ -1,0 +1,107 @@
+"""What every part runs, in the process that is its own; and what heads its file."""
+
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_parts.bench_device import BenchDevice
+from gpu_parts.budget import Budget
+from gpu_parts.ledger import Ledger, Row
+from gpu_parts.part import Part
+
+
+def heading() -> dict[str, Any]:
+    """Device, versions, date."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": torch.cuda.get_device_name(),
+        "num_sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "versions": (
+            f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, "
+            f"Python {platform.python_version()}"
+        ),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def run_part(
+    part: Part, folder: Path, seconds: float, schedules: Path | None, seed: int, scratch: Path | None = None
+) -> bool:
+    """Write the part's file, and say whether nothing in it was wrong. `scratch` is shared by the parts of a run."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    budget = Budget(seconds)
+    ledger = Ledger(part.value, folder, heading())
+    try:
+        _run(part, ledger, budget, schedules, seed, scratch)
+    except Exception as error:
+        ledger.add(Row(group=part.value, name="ended early", is_right=False, note=f"{type(error).__name__}: {error}"))
+        ledger.save()
+        raise
+    ledger.save(is_complete=True)
+    return ledger.is_right
+
+
+def _run(part: Part, ledger: Ledger, budget: Budget, schedules: Path | None, seed: int, scratch: Path | None) -> None:
+    """Imports are here: a part that cannot be imported must not keep the others from running."""
+    if part is Part.KERNELS_CORRECT:
+        from gpu_parts.check_sizes import FULL
+        from gpu_parts.check_worker import CheckPool
+        from gpu_parts.kernels_correct import all_checks, check_kernels
+
+        num_workers = max(1, min(10, (os.cpu_count() or 2) - 4))
+        check_kernels(ledger, budget, all_checks(FULL), CheckPool(num_workers, ["--check-worker", "--seed", str(seed)]))
+    elif part is Part.CEILINGS:
+        from gpu_parts.ceilings import measure_ceilings
+
+        with torch.inference_mode():
+            measure_ceilings(ledger, budget, BenchDevice.current())
+    elif part is Part.KERNELS_FAST:
+        from gpu_parts.kernels_fast import measure_kernels
+
+        with torch.inference_mode():
+            measure_kernels(ledger, budget, BenchDevice.current())
+    elif part is Part.CO_RUN:
+        from gpu_parts.co_run import measure_pairs
+
+        with torch.inference_mode():
+            measure_pairs(ledger, budget, BenchDevice.current())
+    elif part is Part.PIPELINE:
+        from gpu_parts.pipeline import run_pipeline
+
+        run_pipeline(ledger, budget, torch.device("cuda", torch.cuda.current_device()), schedules)
+    else:
+        _run_engine(part, ledger, budget, scratch)
+
+
+def _run_engine(part: Part, ledger: Ledger, budget: Budget, scratch: Path | None) -> None:
+    """Parts that need a folder for checkpoints."""
+    with tempfile.TemporaryDirectory(prefix="part-", dir=scratch) as name:
+        root = Path(name)
+        if part is Part.CORRECTNESS:
+            from gpu_parts.correctness import check_engine
+
+            check_engine(ledger, budget, root)
+            return
+        from gpu_parts.large_checkpoint import write_large_checkpoint
+        from gpu_parts.throughput import llama_8b_shape, measure_throughput
+
+        checkpoint = (scratch or root) / "llama-3-8b"
+        if not checkpoint.exists():  # an earlier part of this run has left it
+            started = time.monotonic()
+            write_large_checkpoint(root / "unfinished", llama_8b_shape())
+            shutil.move(root / "unfinished", checkpoint)
+            ledger.add(Row(group="checkpoint", name="written in", value=time.monotonic() - started, unit="s"))
+        if part is Part.THROUGHPUT:
+            measure_throughput(ledger, budget, checkpoint)
+        else:
+            from gpu_parts.peer_contest import run_contest
+
+            run_contest(ledger, budget, checkpoint)
