@@ -49,7 +49,7 @@ def compute_with_kernels(model: Decoder, num_sms: int) -> None:
                 module.computed_by(partial(_decode, module, num_sms))
             case PrefillAttention():
                 module.computed_by(partial(_prefill, module))
-            case GroupedExperts():
+            case GroupedExperts() if module.gate_up_proj_scale is None:  # the kernels take no scales
                 module.computed_by(partial(_experts, module, num_sms))
     model.lm_head.draw = draw_planned
 

@@ -20,6 +20,7 @@ from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine
 from engine.loss import Loss
 from engine.model_config import Architecture, DType, ModelConfig
+from engine.number_format import NumberFormat
 from engine.optimum import optimal_tokens_per_second
 from engine.random_checkpoint import sized_config
 
@@ -108,7 +109,8 @@ async def _run(ledger: Ledger, budget: Budget, checkpoint: Path, sizes: LoadSize
     config = EngineConfig(
         model=ModelConfig.from_checkpoint(checkpoint),
         checkpoint=checkpoint,
-        dtype=DType(contender.dtype),
+        dtype=NumberFormat(contender.dtype).dtype,
+        product_format=NumberFormat(contender.dtype),
         device=sizes.device,
         max_model_len=max(sum(workload) for workload in contender.workloads),
         max_batch_tokens=sizes.max_batch_tokens,
