@@ -32,18 +32,6 @@ class DecodeStep:
 
 
 @dataclass(slots=True, eq=False)
-class _Decode:
-    """`offset` is the position that the sequence computes in a step, less the step's number; in the step `begins` it
-    begins a block, in `ends` it computes the last position that it needs.
-    """
-
-    sequence: Sequence
-    offset: int
-    begins: int
-    ends: int
-
-
-@dataclass(slots=True, eq=False)
 class _Arrays:
     """Of all decodes, in order, for the step `step`."""
 
@@ -56,46 +44,50 @@ class _Arrays:
 class DecodeSet:
     """Sequences by row, in the order in which they came. Steps are counted here, from one `take` to the next."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, num_rows: int, block_size: int) -> None:
         self._block_size = block_size
-        self._decodes: dict[int, _Decode] = {}
+        self._sequences: dict[int, Sequence] = {}
         self._step = 0
+        # By row: the position computed in a step less the step's number, and the steps when the next block begins and
+        # when the last token is drawn.
+        self._offsets = np.zeros(num_rows, np.int32)
+        self._begins: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
         self._beginning: defaultdict[int, dict[int, Sequence]] = defaultdict(dict)
         self._ending: defaultdict[int, dict[int, Sequence]] = defaultdict(dict)
         self._arrays: _Arrays | None = None
         self._was_taken = False
 
     def __len__(self) -> int:
-        return len(self._decodes)
+        return len(self._sequences)
 
     def __contains__(self, row: int) -> bool:
-        return row in self._decodes
+        return row in self._sequences
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (decode.sequence for decode in self._decodes.values())
+        return iter(self._sequences.values())
 
     def add(self, sequence: Sequence, position: int) -> None:
         """A sequence with a row computes `position` in the next step; at least one of its tokens is not drawn yet."""
         row, step = sequence.row, self._step
-        decode = _Decode(
-            sequence, position - step, step + -position % self._block_size, step + sequence.max_length - 2 - position
-        )
-        self._decodes[row] = decode
-        self._beginning[decode.begins][row] = sequence
-        self._ending[decode.ends][row] = sequence
+        self._sequences[row] = sequence
+        self._offsets[row] = position - step
+        self._begins[row] = begins = step + -position % self._block_size
+        self._ends[row] = ends = step + sequence.max_length - 2 - position
+        self._beginning[begins][row] = sequence
+        self._ending[ends][row] = sequence
         self._arrays = None
 
     def remove(self, row: int) -> None:
         """The row decodes no more, if it did."""
-        decode = self._decodes.pop(row, None)
-        if decode is not None:
-            self._beginning[decode.begins].pop(row, None)
-            self._ending[decode.ends].pop(row, None)
+        if self._sequences.pop(row, None) is not None:
+            self._beginning[self._begins.pop(row)].pop(row, None)
+            self._ending[self._ends.pop(row)].pop(row, None)
             self._arrays = None
 
     def position(self, row: int) -> int:
         """What the row's sequence computes in the next step."""
-        return self._decodes[row].offset + self._step
+        return int(self._offsets[row]) + self._step
 
     def beginning(self) -> list[Sequence]:
         """Those that begin a block in the next step; each is told of once."""
@@ -104,7 +96,7 @@ class DecodeSet:
             return []
         begins = self._step + self._block_size
         for row in due:
-            self._decodes[row].begins = begins
+            self._begins[row] = begins
         self._beginning[begins] |= due
         return list(due.values())
 
@@ -119,30 +111,30 @@ class DecodeSet:
     def take(self) -> DecodeStep:
         """The next step; those that draw their last token in it are gone afterwards."""
         arrays = self._current()
-        ending = self._ending.pop(self._step, {})
+        ending = list(self._ending.get(self._step, {}).values())
         step = DecodeStep(
             rows=arrays.rows,
             starts=arrays.starts,
             sequences=arrays.sequences,
             completing=list(self._beginning.get(self._step + 1, {}).values()),
-            ending=list(ending.values()),
+            ending=ending,
             repeats=self._was_taken,
         )
         self._was_taken = True
+        for sequence in ending:
+            self.remove(sequence.row)
+        self._ending.pop(self._step, None)
         self._step += 1
-        for row in ending:
-            self.remove(row)
         return step
 
     def _current(self) -> _Arrays:
         arrays = self._arrays
         if arrays is None:
-            decodes = self._decodes.values()
-            count = len(decodes)
+            rows = np.fromiter(self._sequences, np.int32, len(self._sequences))
             arrays = self._arrays = _Arrays(
-                rows=np.fromiter(self._decodes, np.int32, count),
-                starts=np.fromiter((decode.offset + self._step for decode in decodes), np.int32, count),
-                sequences=[decode.sequence for decode in decodes],
+                rows=rows,
+                starts=self._offsets[rows] + np.int32(self._step),
+                sequences=list(self._sequences.values()),
                 step=self._step,
             )
             self._was_taken = False

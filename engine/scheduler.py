@@ -77,7 +77,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []
         self._prefilling: list[Sequence] = []
-        self._decodes = DecodeSet(blocks.block_size)
+        self._decodes = DecodeSet(max_sequences, blocks.block_size)
         self._rows = RowTable(max_sequences)
         self._previous: Batch | None = None
         self._num_finished_waiting = 0

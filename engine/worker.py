@@ -137,11 +137,11 @@ class Worker:
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
-        """Make steps CUDA graphs; a model that cannot become one runs without."""
+        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without."""
         try:
             runner.pad_steps(Captures(device))
-        except CaptureError as error:
-            self._tell(f"no step becomes a CUDA graph. {error}")
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""

@@ -11,6 +11,7 @@ from engine.request import Request, RequestId, SamplingParams
 from engine.sequence import Sequence
 
 BLOCK_SIZE = 4
+NUM_ROWS = 200
 
 
 def seated(row: int, prompt: int, max_tokens: int) -> Sequence:
@@ -41,9 +42,9 @@ change = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(change, max_size=3), max_size=40))
 def test_steps_are_those_of_a_set_that_looks_at_everybody(script: list[list[tuple[str, int, int]]]) -> None:
-    decodes = DecodeSet(BLOCK_SIZE)
+    decodes = DecodeSet(NUM_ROWS, BLOCK_SIZE)
     seen: dict[int, Seen] = {}
-    rows = iter(range(10_000))
+    rows = iter(range(NUM_ROWS))
     before: list[Sequence] | None = None
     for changes in script:
         for kind, number, max_tokens in changes:
@@ -81,10 +82,13 @@ def test_steps_are_those_of_a_set_that_looks_at_everybody(script: list[list[tupl
         for each in seen.values():
             each.position += 1
         assert len(decodes) == len(seen) and all(row in decodes for row in seen)
+        assert sum(map(len, decodes._ending.values())) == sum(map(len, decodes._beginning.values())) == len(seen)
+        assert len(decodes._ending) <= len(seen) + len(script), "what is past is forgotten"
+        assert all(step >= decodes._step for step in decodes._ending)
 
 
 def test_unchanged_sets_share_their_arrays() -> None:
-    decodes = DecodeSet(BLOCK_SIZE)
+    decodes = DecodeSet(NUM_ROWS, BLOCK_SIZE)
     decodes.add(seated(3, 2, 100), 2)
     decodes.add(seated(1, 5, 100), 5)
     first, second = decodes.take(), decodes.take()
@@ -97,7 +101,7 @@ def test_unchanged_sets_share_their_arrays() -> None:
 
 
 def test_a_row_that_changes_owners_is_not_told_of_for_the_former() -> None:
-    decodes = DecodeSet(BLOCK_SIZE)
+    decodes = DecodeSet(NUM_ROWS, BLOCK_SIZE)
     decodes.add(seated(0, 3, 100), 3)
     decodes.take()
     decodes.remove(0)

@@ -127,10 +127,11 @@ def test_all_graphs_lie_in_one_pool() -> None:
         assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
 
 
-def test_a_model_that_waits_for_the_device_goes_on_without_graphs() -> None:
+@pytest.mark.parametrize("error", [CaptureError("It waits."), torch.OutOfMemoryError("It waits.\nFor memory.")])
+def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception) -> None:
     class Refusing:
         def capture(self, run: object) -> None:
-            raise CaptureError("It waits.")
+            raise error
 
     config = config_of(Architecture.LLAMA)
     runner = runner_of(config, kernels=True)
