@@ -19,6 +19,7 @@ from torch import Tensor
 from engine import DeviceKind, DType, EngineConfig
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
+from engine.gpu_model import use_gpu_kernels
 from engine.kv_cache import KVCache
 from engine.model_config import Architecture, ModelConfig
 from engine.models import build_model
@@ -115,6 +116,8 @@ class Bench:
         torch.manual_seed(0)
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        if device.type == "cuda":
+            use_gpu_kernels(model, config, device, print)
         return cls(config, device, model, Pipeline(model, shape.hidden_size))
 
     def step(self, shape: BatchShape, cache: KVCache) -> StepInputs:

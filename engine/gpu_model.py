@@ -14,6 +14,8 @@ from engine.models.decoder import Decoder
 _DTYPES = ("float32", "bfloat16", "float16")
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _BLOCK_SIZES = (16, 32, 64, 128)
+# Tiles of attention and of experts take the shared memory of Hopper, and its copies by tiles.
+_LEAST = (9, 0)
 _MAX_WIDTH = 65536  # that one program holds
 _MAX_EXPERTS = 512
 _ROW_BYTES = 16  # what tiles of experts are loaded by
@@ -24,6 +26,8 @@ _INTERPRETED_SMS = 2
 def use_gpu_kernels(model: Decoder, config: EngineConfig, device: torch.device, tell: Callable[[str], None]) -> bool:
     """Have the model's operations computed by kernels; where they cannot, tell why, and plain torch goes on."""
     reason = unsupported(config)
+    if reason is None and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _LEAST:
+        reason = f"kernels want compute capability 9.0 or later, and this device has {capability[0]}.{capability[1]}"
     if reason is None and importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed"
     if reason is not None:

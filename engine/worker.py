@@ -4,6 +4,7 @@ It owns the process group, the device, the model, the cache and the runner of it
 sequences; whoever hosts it (a process, an actor) calls everything from one thread.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -179,10 +180,13 @@ class Worker:
 
     def close(self) -> None:
         """Leave the group and give the memory back."""
+        had_device = self._runner is not None and self._runner.device.type == "cuda"
         self._runner = self._model = self._cache = None
         if self._owns_group:
             self._owns_group = False
             dist.destroy_process_group()
+        if had_device:
+            _free_device_memory()
 
     def _tell(self, text: str) -> None:
         if self._rank == 0:
@@ -205,6 +209,9 @@ class Worker:
             )
         device = torch.device("cuda", self._rank if num_devices > 1 else 0)
         torch.cuda.set_device(device)
+        # It honours a limit on the units it takes, which the older library does not, and sums stay in float32.
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return device
 
     def _settled(self, device: torch.device) -> EngineConfig:
@@ -272,6 +279,15 @@ class Worker:
         agreed: Tensor = torch.tensor(value, dtype=torch.int64, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         return int(agreed.item())
+
+
+def _free_device_memory() -> None:
+    """For the next engine of this process: operations and the functions that compute them refer to each other, and what
+    torch keeps for later is not counted as free.
+    """
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def available_bytes(device: torch.device) -> int:
