@@ -65,7 +65,7 @@ class ServingConfig(BaseModel):
     max_model_len: Count | None = None  # the model's own limit unless given
     max_batch_tokens: Count = 2048
     max_sequences: Count = 256
-    block_size: Count | None = None  # tokens; 64 on a CPU and 16 on a GPU unless given
+    block_size: Count = 64  # tokens of a block of the KV cache
     cache: ByteSize | None = None  # bytes of KV cache per rank; most of a GPU's free memory, 1 GiB on a CPU
     prefix_caching: bool = True
     pipeline: PipelineMode = PipelineMode.OVERLAP  # how a step runs through the layers; see docs/pipeline.md
@@ -133,7 +133,7 @@ class ServingConfig(BaseModel):
             max_model_len=self.max_model_len or model.max_position_embeddings,
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=self.max_sequences,
-            block_size=self.block_size or 0,
+            block_size=self.block_size,
             cache_bytes=self.cache,
             prefix_caching=self.prefix_caching,
             num_threads=self.threads or num_threads,

@@ -45,19 +45,16 @@ class CompileMode(StrEnum):
     NEVER = "never"
 
 
-_BLOCK_SIZES = {DeviceKind.CPU: 64, DeviceKind.CUDA: 16}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """One engine: a model, its tensor-parallel group and its limits. Construction raises `ConfigError`.
 
     `max_batch_tokens` is the dense batch B (NanoFlow, section 4.2.1): tokens computed per step. `max_sequences`
-    bounds the sequences running at once and the rows of the token pool. `block_size` is in tokens; 0, the default,
-    becomes what suits the device: a CPU reads long runs of keys twice as fast (docs/cpu_attention.md). The KV cache of
-    each rank takes `cache_bytes` bytes, or, where that is None, `cache_fraction` of the memory that is free once the
-    weights are loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the machine's
-    cores divided by the ranks of this group).
+    bounds the sequences running at once and the rows of the token pool. `block_size` is in tokens: a CPU
+    reads long runs of keys twice as fast (docs/cpu_kernels.md), a GPU's kernels take a tile of 64 in one piece. The
+    cache of each rank takes `cache_bytes` bytes, or, where that is None, `cache_fraction` of the memory that is free
+    once the weights are loaded; `num_blocks` overrides both. `num_threads` is the CPU threads of one rank (None: the
+    machine's cores divided by the ranks of this group).
 
     Activations, norms, the embedding and the output head are of `dtype`. `product_format` is how the layers' matrix
     products take weights and inputs: FP8, or as `dtype` is. None leaves that to the checkpoint and the device, until a
@@ -76,7 +73,7 @@ class EngineConfig:
     max_model_len: int = 2048
     max_batch_tokens: int = 2048
     max_sequences: int = 256
-    block_size: int = 0
+    block_size: int = 64
     cache_bytes: int | None = None
     cache_fraction: float = 0.9
     num_blocks: int | None = None
@@ -89,8 +86,6 @@ class EngineConfig:
     kv_cache_format: NumberFormat | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size == 0:
-            object.__setattr__(self, "block_size", _BLOCK_SIZES[self.device])
         positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")
         for name in positive:
             if getattr(self, name) < 1:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # From so many seconds on there is time for the finer grid.
 THOROUGH_SECONDS = 30.0
-BLOCK_SIZE = 16
+BLOCK_SIZE = 64
 
 
 def profile(

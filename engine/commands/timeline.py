@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engine.batch_shape import BatchShape
     from engine.step_recording import StepRecording
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 64
 
 
 def timeline(
