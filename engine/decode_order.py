@@ -25,6 +25,9 @@ class DecodeOrder:
     @classmethod
     def of(cls, lengths_D: Int64s, *, block_size: int, block_bytes: int) -> "DecodeOrder | None":
         """For contexts of these lengths, a block of which takes `block_bytes`. None: all may as well be one part."""
+        num_blocks_D = -(-lengths_D // block_size)
+        if (num_blocks_D.max() * len(lengths_D) - num_blocks_D.sum()) * block_bytes <= _PART_BYTES:
+            return None
         order = np.argsort(lengths_D, kind="stable")
         parts = parts_of(lengths_D[order], block_size=block_size, block_bytes=block_bytes)
         return cls(order=order, parts=parts) if len(parts) > 1 else None

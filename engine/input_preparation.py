@@ -70,12 +70,16 @@ class InputPreparation:
         *,
         returns_logprobs: bool,
         lengths_on_device: bool = False,
+        orders_decodes: bool = False,
     ) -> None:
-        """`lengths_on_device`: layers read there where chunks begin and how long contexts are."""
+        """`lengths_on_device`: layers read there where chunks begin and how long contexts are. `orders_decodes`: they
+        attend decodes in parts, where they lie in order of length.
+        """
         self._kv_cache = kv_cache
         self._device = device
         self._returns_logprobs = returns_logprobs
         self._lengths_on_device = lengths_on_device
+        self._orders_decodes = orders_decodes
         self.pool = TokenPool(
             max_sequences=config.max_sequences,
             max_model_len=config.max_model_len,
@@ -152,8 +156,8 @@ class InputPreparation:
         return step
 
     def _order(self, batch: Batch, cut: Cut) -> DecodeOrder | None:
-        """On a CPU, where nothing is cut, decodes lie in order of length if that pays."""
-        if self._device.type != "cpu" or len(cut.nano_batches) != 1 or batch.num_decodes < 2:
+        """Where nothing is cut, decodes lie in order of length if that pays."""
+        if not self._orders_decodes or len(cut.nano_batches) != 1 or batch.num_decodes < 2:
             return None
         lengths = batch.starts[: batch.num_decodes].astype(np.int64) + 1
         return DecodeOrder.of(lengths, block_size=self._kv_cache.block_size, block_bytes=self._block_bytes)

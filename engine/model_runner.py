@@ -11,6 +11,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig, PipelineMode
 from engine.input_preparation import InputPreparation, PreparedStep
 from engine.kv_cache import KVCache
+from engine.layers.attention import DecodeAttention
 from engine.models.decoder import Decoder
 from engine.padded_steps import PaddedSteps
 from engine.pending_step import PendingStep, StepClock
@@ -48,7 +49,14 @@ class ModelRunner:
         self.plans = PlanChoice(pipeline.sequential, plans)
         self.device = device
         self._preparation = InputPreparation(
-            config, kv_cache, device, returns_logprobs=returns_logprobs, lengths_on_device=uses_gpu_kernels
+            config,
+            kv_cache,
+            device,
+            returns_logprobs=returns_logprobs,
+            lengths_on_device=uses_gpu_kernels,
+            orders_decodes=any(
+                isinstance(module, DecodeAttention) and module.compiled is not None for module in model.modules()
+            ),
         )
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
