@@ -90,11 +90,9 @@ class RotaryAndKVWrite(Operation):
         )
 
 
-class DecodeAttention(Operation):
-    """Attention of the decode tokens, one per sequence."""
+class PagedAttention(Operation):
+    """Attention of one kind of tokens over what a layer has cached; widths are columns of this rank."""
 
-    resource = Resource.MEMORY
-    tokens = TokenKind.DECODE
     cache = CacheUse.READ
 
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
@@ -105,6 +103,13 @@ class DecodeAttention(Operation):
         self.window = config.sliding_window(layer)
         self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
         self.cached_width = 2 * config.kv_heads_per_rank(tensor_parallel.size) * config.head_dim
+
+
+class DecodeAttention(PagedAttention):
+    """Attention of the decode tokens, one per sequence."""
+
+    resource = Resource.MEMORY
+    tokens = TokenKind.DECODE
 
     def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
         """Queries of the step [T, H, d] -> [D, H d]."""
@@ -161,21 +166,11 @@ class DecodeAttention(Operation):
         )
 
 
-class PrefillAttention(Operation):
+class PrefillAttention(PagedAttention):
     """Attention of the prefill chunks: causal inside a chunk, over everything cached before it."""
 
     resource = Resource.COMPUTE
     tokens = TokenKind.PREFILL
-    cache = CacheUse.READ
-
-    def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        self.scale = config.head_dim**-0.5
-        self.window = config.sliding_window(layer)
-        self.query_width = config.num_heads // tensor_parallel.size * config.head_dim
-        self.cached_width = 2 * config.kv_heads_per_rank(tensor_parallel.size) * config.head_dim
 
     def forward(self, query_THd: Tensor, step: StepInputs) -> Tensor:
         """Queries of the step [T, H, d] -> [Q, H d]."""
