@@ -14,15 +14,20 @@ class RankThread:
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def post(self, function: Callable[[], None]) -> None:
-        """Run the function after those already asked for; it must not raise. Ignored once closed."""
-        self._tasks.put(function)
+        """Run the function after those already asked for; it must not raise. `RuntimeError` once closed."""
+        with self._lock:  # nothing may come behind the end, where nobody would run it
+            if self._is_closed:
+                raise RuntimeError("The thread was closed.")
+            self._tasks.put(function)
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """The function's result, or what it raises; blocks. Not to be called on the thread itself, nor once closed."""
+        """The function's result, or what it raises; blocks. Not to be called on the thread itself; else as `post`."""
         answer: Future[Result] = Future()
 
         def run() -> None:
@@ -31,12 +36,14 @@ class RankThread:
             except BaseException as error:
                 answer.set_exception(error)
 
-        self._tasks.put(run)
+        self.post(run)
         return answer.result()
 
     def close(self) -> None:
         """End after what was asked for so far; blocks."""
-        self._tasks.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._tasks.put(None)
         self._thread.join()
 
     def _run(self) -> None:

@@ -1,6 +1,6 @@
 """`RowTable`: the rows of the device-side token pool, and the few numbers per row that scheduling needs in bulk.
 
-One NumPy array per number, indexed by row, so that advancing two thousand decodes is one operation.
+One NumPy array per number, indexed by row, so that predicting for two thousand sequences is a few operations.
 """
 
 import numpy as np

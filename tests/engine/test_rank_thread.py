@@ -37,3 +37,12 @@ def test_close_waits_for_what_was_asked_for() -> None:
     threading.Timer(0.05, gate.set).start()
     thread.close()
     assert done.is_set()
+
+
+def test_nothing_is_asked_of_a_closed_thread() -> None:
+    thread = RankThread("rank under test")
+    thread.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        thread.post(lambda: None)
+    with pytest.raises(RuntimeError, match="was closed"):
+        thread.call(lambda: 5)
