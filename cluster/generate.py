@@ -80,23 +80,20 @@ def _engine_config(model: Path, dtype: str, kv_cache_dtype: str, device: str, pi
 
 
 async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Request, stops: StopStrings) -> None:
-    with tqdm(unit="B", unit_scale=True, desc="loading weights", leave=False, disable=None) as bar:
+    bar = tqdm(unit="B", unit_scale=True, desc="loading weights", leave=False, disable=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
 
-        engine = LLMEngine(config, InlineExecutor(config, progress))
-        try:
-            await engine.start()
-        except BaseException:
-            await engine.close()
-            raise
-    started = time.perf_counter()
+    engine = LLMEngine(config, InlineExecutor(config, progress))
     num_tokens = 0
-    detokenizer = tokenizer.detokenizer()
     hit = False
     try:
+        with bar:
+            await engine.start()
+        started = time.perf_counter()
+        detokenizer = tokenizer.detokenizer()
         async for output in engine.generate(request):
             num_tokens += len(output.token_ids)
             text = "".join(map(detokenizer.push, output.token_ids))
@@ -105,8 +102,8 @@ async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Reque
             if hit:
                 break
         typer.echo("" if hit else stops.flush())
-    finally:
         seconds = time.perf_counter() - started
+    finally:
         await engine.close()
     typer.echo(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s", err=True)
 

@@ -42,7 +42,7 @@ class BenchDevice:
         return [make() for _ in range(count)]
 
     @contextmanager
-    def library_sms(self, num_sms: int) -> Iterator[None]:
+    def limited_to(self, num_sms: int) -> Iterator[None]:
         """What libraries launch inside uses so many SMs, where they honour it: cublasLt and torch's scaled products.
 
         torch reads the setting at the launch, so a captured graph keeps it.

@@ -75,7 +75,7 @@ def product_ceiling(bench: BenchDevice, model: ModelSizes, num_tokens: int = 204
             Product.num_bytes(num_tokens, shape, is_fp8=is_fp8),
             most=4,
         )
-        runs = [product.library(bench, bench.num_sms) for product in products]
+        runs = [product.by_cublaslt(bench, bench.num_sms) for product in products]
         seconds = _seconds(bench.timer.time({"library": runs}, SECONDS_PER_GROUP)["library"])
         best = max(best, 2 * num_tokens * shape[0] * shape[1] / seconds)
     return best
@@ -186,7 +186,7 @@ def _measure_product(
     )
     contestants: dict[str, Sequence[Run]] = {}
     for sms in [count for count in grid.sms if count <= bench.num_sms]:
-        contestants[f"cublasLt {sms} SMs"] = [product.library(bench, sms) for product in products]
+        contestants[f"cublasLt {sms} SMs"] = [product.by_cublaslt(bench, sms) for product in products]
         contestants[f"ours {sms} SMs"] = [product.ours(sms) for product in products]
     if num_tokens in grid.tokens[:2]:
         for config in (*gemm_config.CANDIDATES, gemm_config.CORESIDENT):

@@ -140,7 +140,7 @@ def _alone(
 
     contestants: dict[str, Sequence[Run]] = {
         "attention alone": [decodes.run(2 * bench.num_sms)],
-        "products alone, cublasLt": [all_of([product.library(bench, bench.num_sms) for product in products])],
+        "products alone, cublasLt": [all_of([product.by_cublaslt(bench, bench.num_sms) for product in products])],
         "products alone, ours": [all_of([product.ours(bench.num_sms) for product in products])],
         "products alone, co-resident": [
             all_of([product.ours(bench.num_sms, gemm_config.CORESIDENT) for product in products])
@@ -165,14 +165,14 @@ def _pairs(
     """One of every mechanism first, then the rest of the grid."""
     streams = _streams(bench)
 
-    def library(sms: int) -> list[Run]:
-        return [product.library(bench, sms) for product in products]
+    def cublaslt(sms: int) -> list[Run]:
+        return [product.by_cublaslt(bench, sms) for product in products]
 
     def ours(sms: int, config: GemmConfig | None = None) -> list[Run]:
         return [product.ours(sms, config) for product in products]
 
     def plain(kind: str, sms: int, ctas: int) -> Callable[[], Pair]:
-        make = library if kind == "cublasLt" else ours
+        make = cublaslt if kind == "cublasLt" else ours
         name = f"none: {kind} {sms} SMs, attention {ctas} CTAs"
         return lambda: Pair(name=name, products=make(sms), attention=decodes.run(ctas), lanes=streams)
 
@@ -188,7 +188,7 @@ def _pairs(
     yield plain("cublasLt", sms[0], grid.ctas[0])
     yield coresident(bench.num_sms)
     yield plain("ours", sms[0], grid.ctas[0])
-    yield from _green_pairs(ledger, bench, grid, decodes, {"cublasLt": library, "ours": ours})
+    yield from _green_pairs(ledger, bench, grid, decodes, {"cublasLt": cublaslt, "ours": ours})
     for count in sms:
         for ctas in grid.ctas:
             for kind in ("cublasLt", "ours"):

@@ -48,11 +48,11 @@ class Product:
         element = 1 if is_fp8 else 2
         return element * num_inner * (num_tokens + num_outputs) + 2 * num_tokens * num_outputs
 
-    def library(self, bench: BenchDevice, num_sms: int) -> Run:
+    def by_cublaslt(self, bench: BenchDevice, num_sms: int) -> Run:
         """By cublasLt on so many multiprocessors."""
 
         def run() -> None:
-            with bench.library_sms(num_sms):
+            with bench.limited_to(num_sms):
                 if self.scales is None:
                     torch.mm(self.left, self.right.T, out=self.output)
                 else:
