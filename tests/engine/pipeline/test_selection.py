@@ -396,7 +396,7 @@ def group_config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_sequences=8,
         num_blocks=64,
         num_threads=1,
-        plan_seconds=8,
+        plan_seconds=120,
     )
 
 
