@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
+from engine.config import EngineConfig
 from engine.pipeline.capture import CaptureError, Captures
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.padded_inputs import PaddedInputs
 from engine.pipeline.padded_layers import PaddedLayers, PaddedStep
+from engine.pipeline.padded_schedule import padded_schedule
+from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.token_bucket import token_sizes
@@ -103,3 +106,18 @@ class PaddedSteps:
             if dealt is not None:
                 return PaddedBatch(step=step, dealt=dealt, schedule=by)
         return None
+
+
+def reserve_padded(config: EngineConfig, pipeline: Pipeline, plans: PlanChoice) -> None:
+    """Take the memory between operations that steps by plans will need, before others count what is free.
+
+    A step must have run before.
+    """
+    for schedule, size, most_decodes in plans.padded(config.max_batch_tokens):
+        if schedule != pipeline.sequential:
+            try:
+                padded = padded_schedule(schedule, pipeline.graph, size, most_decodes, config.max_sequences)
+                pipeline.check(padded.schedule)
+            except ScheduleError:
+                continue  # it is told when the steps are made
+            pipeline.reserve([padded.schedule], size)

@@ -1,22 +1,23 @@
 """A trial times what would be served: padded steps where steps are padded, graphs where they can be captured."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.pipeline.capture import CaptureError
 from engine.pipeline.nano_batch import Cut, NanoBatch
-from engine.pipeline.padded_layers import PaddedLayers
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.split_schedule import split_schedule
+from engine.pipeline.synthetic_step import synthetic_batch, synthetic_cache, synthetic_step
 from engine.pipeline.trial import MIN_ROUNDS, Contestant, Trial
 from engine.tensor_parallel import TensorParallel
-from tests.engine.gpu_case import config_of, random_model
+from tests.engine.gpu_case import DEVICE, config_of, random_model
 
 pytest.importorskip("triton")
 
@@ -38,12 +39,11 @@ class Replays:
             raise CaptureError("It waits.")
         result = run()
 
-        class Graph:
-            def replay(_: object) -> Any:
-                self.replayed.append(name)
-                return result
+        def replay() -> Any:
+            self.replayed.append(name)
+            return result
 
-        return Graph()
+        return SimpleNamespace(replay=replay)
 
 
 def trial_of(config: EngineConfig, *, kernels: bool) -> tuple[Trial, Pipeline, list[Contestant]]:
@@ -91,13 +91,15 @@ def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytes
     assert captures.replayed == [] and len(captures.asked) == (why == "it waits")
 
 
-def test_a_trial_runs_the_batch_that_it_was_given() -> None:
-    """Every row of the contexts is read where it lies, and as many rows are padded as a server would."""
-    config = replace(config_of(Architecture.LLAMA), max_sequences=3)
-    trial, pipeline, contestants = trial_of(config, kernels=True)
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        run = PaddedLayers._run_whole
-        patch.setattr(PaddedLayers, "_run_whole", lambda self, bucket: seen.append(bucket) or run(self, bucket))
-        trial.run(contestants[:1], SHAPE, 0.0)
-    assert {bucket.num_tokens for bucket in seen} == {16}
+def test_a_batch_for_trials_is_the_step_that_layers_are_measured_on() -> None:
+    config = config_of(Architecture.LLAMA)
+    cache = synthetic_cache(config, 200, DEVICE)
+    batch, pool = synthetic_batch(SHAPE, config, cache, DEVICE)
+    step = synthetic_step(SHAPE, config.max_model_len, cache, DEVICE)
+    assert (batch.num_decodes, batch.num_tokens) == (step.num_decodes, len(step.tokens))
+    lengths = (batch.starts + batch.counts).tolist()
+    assert lengths == [*step.decode_lengths.tolist(), *step.prefill_context_lengths]
+    assert tuple(batch.counts[3:].tolist()) == step.prefill_chunk_sizes
+    assert torch.equal(pool.block_tables[:3, : step.decode_block_tables.shape[1]], step.decode_block_tables)
+    assert torch.equal(pool.block_tables[3:, : step.prefill_block_tables.shape[1]], step.prefill_block_tables)
+    assert pool.tokens.unique().numel() > 50
