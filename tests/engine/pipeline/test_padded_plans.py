@@ -1,7 +1,9 @@
 """Steps of a plan, padded: whatever mix comes, and whatever order streams run in, the model computes the same."""
 
 import random
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +14,18 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
+from engine.pipeline.capture import CaptureError
 from engine.pipeline.flight import Flight
+from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import Cut, NanoBatch
+from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.split_schedule import split_schedule
 from engine.pipeline.stream_lanes import StreamLanes
+from engine.pipeline.token_bucket import token_sizes
 from engine.pipeline.values import Values
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, config_of, random_model, runner_of
@@ -60,7 +67,8 @@ def padded_runner(config: EngineConfig, schedule: Schedule, lanes: Any) -> Model
     """All of its steps that can be run by the schedule are, on these lanes; rows without a token are poisoned."""
     runner = runner_of(config, kernels=True)
     with torch.no_grad():
-        runner._model.embed_tokens.shard.weight[POISON] = torch.nan
+        # Experts are not chosen by what is no number; such rows would not even be routed.
+        runner._model.embed_tokens.shard.weight[POISON] = 100.0 if config.model.num_experts else torch.nan
     runner._preparation.pool.tokens[0, 0] = POISON
     runner._lanes = lanes
     runner.plans = PlanChoice(schedule)
@@ -150,3 +158,131 @@ def mixed_schedules(draw: st.DrawFn) -> Schedule:
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_schedule_and_order_of_streams_the_model_computes_the_same(schedule: Schedule, seed: int) -> None:
     check(config_of(Architecture.LLAMA, max_batch_tokens=32), schedule, seed)
+
+
+def plan_set(*schedules_of: tuple[int, int, Schedule]) -> PlanSet:
+    """Of a dense batch of 32 tokens, for which there is one bucket of each share of decodes."""
+    plans = (
+        SelectedPlan(
+            num_decodes=num_decodes,
+            num_prefills=num_prefills,
+            schedule=schedule,
+            sequential_seconds=1.0,
+            plan_seconds=0.9,
+            predicted_seconds=0.9,
+        )
+        for num_decodes, num_prefills, schedule in schedules_of
+    )
+    return PlanSet(fingerprint={}, max_batch_tokens=32, plans=tuple(plans))
+
+
+def halves(graph: OperationGraph) -> Schedule:
+    return split_schedule(graph, Cut((NanoBatch(2, 14),) * 2))
+
+
+class Refusing:
+    """Stands in for `Captures`: no plan's step can be captured; the others are launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.num_refused = 0
+
+    def capture(self, run: Any) -> Any:
+        if run.func.__name__ == "_run_cut":
+            self.num_refused += 1
+            raise self.error
+        return SimpleNamespace(replay=run)
+
+
+@pytest.mark.parametrize(
+    ("captures", "num_refused"),
+    [(None, 0), (Refusing(CaptureError("It waits.")), 2), (Refusing(torch.OutOfMemoryError("No\nmemory.")), 1)],
+    ids=["launched", "refused", "no memory"],
+)
+def test_batches_run_by_their_plan_where_it_can_be_had(
+    captures: Any, num_refused: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The dense batch alone has one here, and a second plan for other mixes of it."""
+    runner = runner_of(config_of(Architecture.LLAMA, max_batch_tokens=32), kernels=True)
+    schedule = halves(runner.pipeline.graph)
+    runner.plans = PlanChoice(runner.pipeline.sequential, plan_set((4, 28, schedule), (16, 16, schedule)))
+    runner.pad_steps(captures)
+    assert runner.padded is not None and runner.padded.num_planned == (0 if captures else 2)
+    script = BatchScript(NUM_BLOCKS, 16)
+    for row, prompt in PROMPTS.items():
+        script.admit(row, prompt, GREEDY)
+    steps = [{"prefills": [(2, 1), (4, 3)]}, {"decodes": [2, 4], "prefills": [(1, 20), (3, 10)]}]
+    steps += [{"decodes": [2], "prefills": [(1, 30)]}, {"decodes": [2, 4]}]
+    outputs = [runner.launch(script.step(**step)).wait() for step in steps]  # type: ignore[arg-type]
+    assert [output.plan for output in outputs[0::2]] == ["sequential"] * 2
+    assert [output.num_padding_tokens for output in outputs] == [0, 0, 1, 0]
+    assert outputs[1].plan == ("sequential" if captures else "4+28") and outputs[3].plan == "sequential"
+    if captures is not None:
+        assert captures.num_refused == num_refused == len(caplog.records)
+        assert all("padded to 32 tokens run sequentially" in record.message for record in caplog.records)
+
+
+def test_ranks_keep_what_all_of_them_have_and_other_plans_can_follow() -> None:
+    runner = runner_of(config_of(Architecture.LLAMA, max_batch_tokens=32), kernels=True)
+    schedule = halves(runner.pipeline.graph)
+    runner.plans = PlanChoice(runner.pipeline.sequential, plan_set((4, 28, schedule), (16, 16, PLAN)))
+    runner.pad_steps(None)
+    assert runner.padded is not None and runner.padded.num_planned == 2
+    runner.padded.keep_planned(1)
+    batch = BatchScript(NUM_BLOCKS, 16)
+    batch.admit(1, PROMPTS[1], GREEDY)
+    dense = batch.step(prefills=[(1, 32)])
+    kept = [runner.padded.of(dense, each) for each in (schedule, PLAN)]
+    assert [each.schedule if each else None for each in kept] == [schedule, runner.pipeline.sequential]
+    runner.use(PlanChoice(runner.pipeline.sequential), overlaps=False)
+    assert runner.padded.num_planned == 0
+    runner.use(PlanChoice(PLAN), overlaps=False)
+    assert runner.padded.num_planned == 3, "32, 16 and 8 rows: fewer are too few for its nano-batches"
+    found = runner.padded.of(dense, PLAN)
+    assert found is not None and found.schedule == PLAN
+
+
+def test_memory_for_plans_is_taken_before_they_are_captured() -> None:
+    config = config_of(Architecture.LLAMA, max_batch_tokens=32)
+    runner = runner_of(config, kernels=True)
+    script = BatchScript(NUM_BLOCKS, 16)
+    script.admit(1, PROMPTS[1], GREEDY)
+    runner.launch(script.step(prefills=[(1, 2)])).wait()
+    runner.plans = PlanChoice(runner.pipeline.sequential, plan_set((4, 28, PLAN)))
+    reserve_padded(config, runner.pipeline, runner.plans)
+    memory = runner.pipeline._arena._memory
+    assert len(memory)
+    runner.pad_steps(None)
+    script.admit(3, PROMPTS[3], GREEDY)
+    assert runner.launch(script.step(prefills=[(1, 20), (3, 12)])).wait().plan == "sequential"  # prefill tokens alone
+    batch = script.step(prefills=[(1, 20), (3, 12)])
+    assert runner.padded is not None
+    padded = runner.padded.of(batch, PLAN)
+    assert padded is not None and padded.schedule == PLAN
+    padded.step.run()
+    assert runner.pipeline._arena._memory is memory
+
+
+@pytest.mark.parametrize(
+    ("plan", "sizes"),
+    [
+        ((1024, 1024), {2048: 1535}),
+        ((768, 768), {1536: 1151, 1664: 1247, 1792: 1343, 1920: 1439, 2048: 1535}),
+        ((128, 896), {1024: 256, 1152: 288, 1280: 320, 1408: 352, 1536: 384}),
+        ((150, 0), {256: 256}),
+        ((0, 128), {128: 0, 256: 0}),
+    ],
+)
+def test_a_plan_has_the_sizes_that_its_batches_are_padded_to(plan: tuple[int, int], sizes: dict[int, int]) -> None:
+    """Those between its smallest batch and the next plan's; the dense batch is a size of its own."""
+    whole = Schedule.parse("nano-batches: 1+1\ncompute: all[0:2]\n")
+    planned = Schedule.parse("nano-batches: 2+2\ncompute: all[0:4]\n")
+    selected = replace(plan_set((*plan, planned)), max_batch_tokens=2048)
+    choice = PlanChoice(whole, selected)
+    padded = list(choice.padded(2048))
+    assert {size: most_decodes for schedule, size, most_decodes in padded if schedule == planned} == sizes
+    for num_tokens in range(1, 2049):
+        for num_decodes in (0, num_tokens // 8, num_tokens // 2, num_tokens):
+            if choice.of(num_decodes, num_tokens - num_decodes)[1] == planned:
+                size = next(size for size in token_sizes(2048) if size >= num_tokens)
+                assert num_decodes <= sizes[size]

@@ -23,7 +23,7 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import Profile
-from engine.pipeline.profiler import THOROUGH, Profiler
+from engine.pipeline.profiler import THOROUGH
 from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 from engine.pipeline.selection import Effort, Selector, effort_at_start
 from engine.pipeline.trial import Contestant, Timing
@@ -369,14 +369,14 @@ def test_a_gpu_has_a_lane_for_memory_and_plans_only_from_a_profile_at_hand(
     config, pipeline = replace(CONFIG, device=DeviceKind.CUDA), pipeline_of(size)
     selector = Selector(config, pipeline, TensorParallel(), store, rehearsal.told.append)
     assert selector.can_overlap
-    assert selector.select(EFFORT) is None
-    assert rehearsal.num_profiles == 0 and "`nanoserve profile`" in rehearsal.told[-1]
+    found: list[Profile | None] = [None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Profiler, "finished", lambda *_: made_up_profile())
+        patch.setattr(Selector, "_profiler", lambda *_: SimpleNamespace(finished=lambda path: found[0]))
+        assert selector.select(EFFORT) is None and "`nanoserve profile`" in rehearsal.told[-1]
+        found[0] = made_up_profile()
         assert selector.select(None) is None
         planned = selector.select(EFFORT)
-    assert planned is not None and planned.plans and rehearsal.num_profiles == 0
-    assert Lane.MEMORY in rehearsal.lanes
+    assert planned is not None and planned.plans and Lane.MEMORY in rehearsal.lanes
     assert selector.select(EFFORT) == planned, "as they were stored"
 
 
