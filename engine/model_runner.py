@@ -4,6 +4,8 @@ A step is launched without waiting for the device, so the next one can be launch
 host. It knows no sequences, no prefixes, no other ranks.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -86,41 +88,42 @@ class ModelRunner:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self.device)
         stopwatch = Stopwatch()
-        name, prepared, hidden_TE, num_padding_tokens = self._run(batch, stopwatch)
+        ran = self._run(batch, stopwatch)
         drawn = None
-        if hidden_TE is not None and len(batch.sampled):
-            drawn = self._draw(hidden_TE, prepared, stopwatch)
+        if ran.hidden is not None and len(batch.sampled):
+            drawn = self._draw(ran.hidden, ran.prepared, stopwatch)
         clock.stop()
         times = stopwatch.times() if self.device.type == "cpu" else None
         return PendingStep(
             batch.step,
-            prepared.plan,
+            ran.prepared.plan,
             drawn,
             clock,
             self._copies,
-            plan_name=name,
+            plan_name=ran.plan,
             times=times,
-            num_padding_tokens=num_padding_tokens,
+            num_padding_tokens=ran.num_padding_tokens,
         )
 
-    def _run(self, batch: Batch, stopwatch: Stopwatch) -> tuple[str, PreparedStep, Tensor | None, int]:
-        """The plan that ran, the prepared step, its hidden states (None without tokens), and how many rows more were
-        computed.
-        """
+    def _run(self, batch: Batch, stopwatch: Stopwatch) -> "_Ran":
+        """Compute its hidden states."""
         name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
         padded = None if self.padded is None else self.padded.of(batch, schedule)
         if self.padded is not None and padded is not None:
             bucket = padded.step.bucket
             prepared = self._preparation.prepare_padded(batch, padded.dealt, self.padded.inputs, bucket)
             hidden_TE = padded.step.run()
-            if prepared.sampled_tokens is None:
-                hidden_TE = hidden_TE[: batch.num_tokens]
-            name = name if padded.schedule == schedule else SEQUENTIAL
-            return name, prepared, hidden_TE, bucket.num_tokens - batch.num_tokens
+            return _Ran(
+                plan=name if padded.schedule == schedule else SEQUENTIAL,
+                prepared=prepared,
+                hidden=hidden_TE[: batch.num_tokens] if prepared.sampled_tokens is None else hidden_TE,
+                num_padding_tokens=bucket.num_tokens - batch.num_tokens,
+            )
         prepared = self._preparation.prepare(batch, schedule.cut)
         if prepared.inputs is None:
-            return name, prepared, None, 0
-        return name, prepared, self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch), 0
+            return _Ran(plan=name, prepared=prepared)
+        hidden_TE = self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch)
+        return _Ran(plan=name, prepared=prepared, hidden=hidden_TE)
 
     def _draw(self, hidden_TE: Tensor, prepared: PreparedStep, stopwatch: Stopwatch) -> Drawn:
         """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
@@ -139,3 +142,13 @@ class ModelRunner:
             drawn = sample(logits_KV, prepared.plan, prepared.sections, self._preparation.pool)
         self._preparation.drawn(prepared, drawn.token_ids)
         return drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ran:
+    """A step by `plan`: hidden states [T, E] of its rows (None without tokens), of which so many are padding."""
+
+    plan: str
+    prepared: PreparedStep
+    hidden: Tensor | None = None
+    num_padding_tokens: int = 0

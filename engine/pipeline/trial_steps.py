@@ -8,6 +8,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,16 +27,21 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.synthetic_step import synthetic_batch
 from engine.pipeline.token_bucket import token_sizes
+from engine.sampling_table import Int64s
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TrialStep:
-    """`fill` says what the next run computes; it takes the same time whatever the schedule, and is not timed."""
+    """`fill` says what the next run computes; it takes the same time whatever the schedule, and is not timed.
+
+    `rows` [T] of the hidden states are those of the batch's tokens.
+    """
 
     fill: Callable[[], None]
     run: Callable[[], Tensor]
+    rows: Tensor
 
 
 class TrialSteps:
@@ -45,15 +51,16 @@ class TrialSteps:
         self,
         layers: PaddedLayers,
         batch: Batch,
+        tokens_T: Tensor,
         sequential: PaddedStep,
         captures: Captures | None,
-        device: torch.device,
     ) -> None:
         self._layers = layers
         self._batch = batch
         self._sequential = sequential
         self._captures = captures
-        self._device = device
+        self._tokens = tokens_T
+        self._device = tokens_T.device
 
     @classmethod
     def of(
@@ -66,6 +73,7 @@ class TrialSteps:
             return None
         device = cache.keys[0].device
         batch, pool = synthetic_batch(shape, config, cache, device)
+        rows_T, positions_T = (torch.from_numpy(array).to(device) for array in _rows_and_positions(batch))
         layers = PaddedLayers(config, pipeline, cache, pool)
         step = layers.sequential(sizes[index])
         if step.bucket.dealt(batch) is None:
@@ -76,7 +84,7 @@ class TrialSteps:
             except CaptureError as error:
                 _log.warning("%s Steps are timed as they are launched.", error)
                 return None
-        return cls(layers, batch, step, captures, device)
+        return cls(layers, batch, pool.read_tokens(rows_T, positions_T), step, captures)
 
     def by(self, schedule: Schedule, lanes: Lanes) -> TrialStep:
         """What would run where this schedule is the batch's plan."""
@@ -98,13 +106,20 @@ class TrialSteps:
         """What runs without a plan."""
         return self._trial_step(self._sequential)
 
+    @property
+    def tokens(self) -> Tensor:
+        """Those of the batch [T]."""
+        return self._tokens
+
     def _trial_step(self, step: PaddedStep) -> TrialStep:
-        batch, inputs = self._batch, self._layers.inputs
-        dealt = step.bucket.dealt(batch)
+        dealt = step.bucket.dealt(self._batch)
         assert dealt is not None
-        rows = np.repeat(batch.rows, batch.counts).astype(np.int64)
-        ranges = zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)
-        positions = np.concatenate([np.arange(start, start + count) for start, count in ranges])
-        packed, _ = packed_step(step.bucket, batch, dealt, rows, positions)
-        on_device = torch.from_numpy(packed).to(self._device)
-        return TrialStep(fill=lambda: inputs.fill(on_device), run=step.run)
+        packed, rows = packed_step(step.bucket, self._batch, dealt, *_rows_and_positions(self._batch))
+        fill = partial(self._layers.inputs.fill, torch.from_numpy(packed).to(self._device))
+        return TrialStep(fill=fill, run=step.run, rows=torch.from_numpy(rows).to(self._device))
+
+
+def _rows_and_positions(batch: Batch) -> tuple[Int64s, Int64s]:
+    ranges = zip(batch.starts.tolist(), batch.counts.tolist(), strict=True)
+    positions = np.concatenate([np.arange(start, start + count) for start, count in ranges])
+    return np.repeat(batch.rows, batch.counts).astype(np.int64), positions
