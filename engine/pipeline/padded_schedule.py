@@ -2,17 +2,15 @@
 
 A plan is made for one mix of decodes and prefill tokens; a graph has to serve the mixes around it. So a nano-batch
 becomes a `PaddedNanoBatch`: its rows are not told apart before a step comes. Decode attention then goes over all its
-lanes and prefill attention over all its rows, each leaving alone what belongs to the other, and the schedule says so:
+lanes and prefill attention over all its rows, each leaving alone what belongs to the other. Where a node is cut inside
+a nano-batch, the nano-batch is: each part has lanes and chunks of its own, so that a piece of decode attention has as
+large a part of the decodes as the plan gave it, however many there are. Attention goes over each part by itself.
 
-- Where a node of both kinds is cut inside a nano-batch, the nano-batch is: each part has lanes and chunks of its own.
-- Attention of one kind goes over each part by itself, prefill attention over the whole of it. Pieces of decode
-  attention are pieces of the lanes.
-
-Every step but decode attention then has whole parts, and where there are both kinds every part counts as having both.
-So dependencies and lifetimes, which are derived from kinds and ranges, hold for whatever mix is there.
+Every step then has whole parts, and where there are both kinds every part counts as having both. So dependencies and
+lifetimes, which are derived from kinds and ranges, hold for whatever mix is there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -27,7 +25,7 @@ MOST_NANO_BATCHES = 8
 # Nano-batches end where tiles of products do, as long as that moves them by no more than this part of a step.
 _TILE = 128
 _FINEST = 16
-# Of a nano-batch's lanes: a piece of attention that ends this close to a part's last lane ends there.
+# A piece of decode attention that ends within such a part of its nano-batch from where another node is cut ends there.
 _NEAR = 8
 
 
@@ -47,13 +45,13 @@ class _Part:
     start: int
     stop: int
     first_row: int
-    num_rows: int
+    last_row: int
     num_lanes: int = 0
 
     @property
-    def last_row(self) -> int:
-        """Behind it."""
-        return self.first_row + self.num_rows
+    def num_rows(self) -> int:
+        """From the first to before the last."""
+        return self.last_row - self.first_row
 
 
 def padded_schedule(
@@ -71,10 +69,12 @@ def padded_schedule(
             f"a nano-batch of {alone[0].num_decodes} decodes and {alone[0].num_prefills} prefill tokens, beside others "
             "with the other kind, has a place for that mix alone: each must have some of both."
         )
-    kinds = {node.name: node.tokens for node in graph.nodes}
-    parts = _with_lanes(schedule.cut, _parts(schedule, kinds, num_tokens), min(most_decodes, max_sequences))
-    moved = _Moved(schedule, kinds, parts)
-    lanes = {lane: [list(moved.steps(step)) for step in steps] for lane, steps in schedule.lanes.items()}
+    borders = _Borders(schedule, {node.name: node.tokens for node in graph.nodes})
+    parts = _with_lanes(schedule.cut, _parts(schedule.cut, borders.all, num_tokens), min(most_decodes, max_sequences))
+    lanes = {
+        lane: [[replace(step, start=start, stop=stop) for start, stop in borders.rows(step, parts)] for step in steps]
+        for lane, steps in schedule.lanes.items()
+    }
     queues = {lane: iter(steps) for lane, steps in lanes.items()}
     bucket = TokenBucket(
         tuple(
@@ -98,41 +98,17 @@ def padded_schedule(
     )
 
 
-def _parts(schedule: Schedule, kinds: Mapping[str, TokenKind], num_tokens: int) -> list[_Part]:
-    """The planned nano-batches, cut where steps of both kinds, or of prefill tokens among themselves, are."""
-    cut = schedule.cut
-    borders = set(cut.borders)
-    for _, step in schedule.steps:
-        match kinds.get(step.node):
-            case TokenKind.ALL:
-                borders |= {step.start, step.stop}
-            case TokenKind.PREFILL:
-                borders |= {place for place in (step.start, step.stop) if _is_among_prefills(cut, place)}
-    if len(borders) - 1 > MOST_NANO_BATCHES:
-        raise ScheduleError(
-            f"the steps cut the batch in {len(borders) - 1} parts: a graph can have at most {MOST_NANO_BATCHES}."
-        )
+def _parts(cut: Cut, borders: Sequence[int], num_tokens: int) -> list[_Part]:
+    """The parts between borders, and their rows."""
     granule = min(_TILE, 2 ** max(0, (num_tokens // _FINEST).bit_length() - 1))
-    rows = {
-        place: num_tokens if place == cut.num_tokens else round(place * num_tokens / cut.num_tokens / granule) * granule
-        for place in borders
-    }
+    rows = [round(place * num_tokens / cut.num_tokens / granule) * granule for place in borders[:-1]] + [num_tokens]
     found: list[_Part] = []
-    for start, stop in pairwise(sorted(borders)):
-        number = next(index for index, border in enumerate(cut.borders[1:]) if start < border)
-        if rows[stop] - rows[start] < 2:
+    for (start, stop), (first_row, last_row) in zip(pairwise(borders), pairwise(rows), strict=True):
+        if last_row - first_row < 2:
             raise ScheduleError(f"{num_tokens} rows are too few to be cut like {cut.num_tokens} tokens at {start}.")
-        found.append(
-            _Part(number=number, start=start, stop=stop, first_row=rows[start], num_rows=rows[stop] - rows[start])
-        )
+        number = next(index for index, border in enumerate(cut.borders[1:]) if start < border)
+        found.append(_Part(number=number, start=start, stop=stop, first_row=first_row, last_row=last_row))
     return found
-
-
-def _is_among_prefills(cut: Cut, place: int) -> bool:
-    return any(
-        border + nano_batch.num_decodes < place < border + nano_batch.num_tokens
-        for border, nano_batch in zip(cut.borders, cut.nano_batches, strict=False)
-    )
 
 
 def _with_lanes(cut: Cut, parts: list[_Part], most_decodes: int) -> list[_Part]:
@@ -152,75 +128,86 @@ def _with_lanes(cut: Cut, parts: list[_Part], most_decodes: int) -> list[_Part]:
     return found
 
 
-class _Moved:
-    """Where the steps of a schedule go."""
+class _Borders:
+    """`all`: the positions of the plan where parts begin, and the end."""
 
-    def __init__(self, schedule: Schedule, kinds: Mapping[str, TokenKind], parts: list[_Part]) -> None:
+    def __init__(self, schedule: Schedule, kinds: Mapping[str, TokenKind]) -> None:
         self._cut = schedule.cut
         self._kinds = kinds
-        self._parts = parts
-        self._rows = {part.start: part.first_row for part in parts} | {part.stop: part.last_row for part in parts}
-        self._lane_of: dict[tuple[int, int], int] = {}
-        places: dict[int, set[int]] = {}
+        found = set(schedule.cut.borders)
+        decodes: dict[int, set[int]] = {}  # where attention of a nano-batch's decodes is cut, counted in these
         for _, step in schedule.steps:
-            if kinds.get(step.node) is TokenKind.DECODE:
-                for number, start, stop in self._decodes(step):
-                    places.setdefault(number, set()).update((start, stop))
-        for number, borders in places.items():
-            self._lane_of |= self._lanes_at(number, sorted(borders))
+            match kinds.get(step.node):
+                case TokenKind.ALL:
+                    found |= {step.start, step.stop}
+                case TokenKind.PREFILL:
+                    found |= {place for place in (step.start, step.stop) if self._is_among_prefills(place)}
+                case TokenKind.DECODE:
+                    for number, start, stop in self._decodes(step):
+                        decodes.setdefault(number, set()).update((start, stop))
+                case None:
+                    raise ScheduleError(f"{step}: the layer has no such node.")
+        self._place_of = {
+            (number, decode): place
+            for number, cuts in decodes.items()
+            for decode, place in self._placed(number, sorted(cuts), sorted(found)).items()
+        }
+        self.all = sorted(found.union(self._place_of.values()))
+        if len(self.all) - 1 > MOST_NANO_BATCHES:
+            raise ScheduleError(
+                f"the steps cut the batch in {len(self.all) - 1} parts: a graph can have at most {MOST_NANO_BATCHES}."
+            )
 
-    def steps(self, step: Step) -> Iterator[Step]:
-        """What stands for a step."""
-        match self._kinds.get(step.node):
-            case TokenKind.DECODE:
-                ranges = self._lane_ranges(step)
-            case TokenKind.PREFILL:
-                ranges = self._prefill_ranges(step)
-            case TokenKind.ALL:
-                ranges = iter([(self._rows[step.start], self._rows[step.stop])])
-            case None:
-                raise ScheduleError(f"{step}: the layer has no such node.")
-        for start, stop in ranges:
-            yield replace(step, start=start, stop=stop)
+    def rows(self, step: Step, parts: Sequence[_Part]) -> Iterator[tuple[int, int]]:
+        """The ranges of rows that a step has, in parts."""
+        kind = self._kinds[step.node]
+        if kind is TokenKind.ALL:
+            inside = [part for part in parts if step.start <= part.start and part.stop <= step.stop]
+            yield inside[0].first_row, inside[-1].last_row
+            return
+        for number, (border, nano_batch) in enumerate(zip(self._cut.borders, self._cut.nano_batches, strict=False)):
+            start, stop = self._span(step, kind, number, border, nano_batch)
+            for part in parts:
+                if part.number == number and start <= part.start and part.stop <= stop:
+                    last = part.last_row if kind is TokenKind.PREFILL else part.first_row + part.num_lanes
+                    yield part.first_row, last
+
+    def _span(self, step: Step, kind: TokenKind, number: int, border: int, nano_batch: NanoBatch) -> tuple[int, int]:
+        """The positions of a nano-batch, of either kind, that stand for those of one kind that a step has."""
+        middle, end = border + nano_batch.num_decodes, border + nano_batch.num_tokens
+        if kind is TokenKind.PREFILL:
+            if step.stop <= middle or end <= step.start or middle == end:
+                return border, border
+            return (border if step.start <= middle else step.start), step.stop
+        for its, start, stop in self._decodes(step):
+            if its == number:
+                return self._place_of[number, start], self._place_of[number, stop]
+        return border, border
+
+    def _placed(self, number: int, decodes: Sequence[int], borders: Sequence[int]) -> dict[int, int]:
+        """Where among a nano-batch's positions its decode attention is cut: where other nodes are, piece for piece, if
+        they are cut in as many; else in proportion, or where one of them is near.
+        """
+        first, last = self._cut.borders[number : number + 2]
+        inside = [border for border in borders if first <= border <= last]
+        if len(decodes) == len(inside):
+            return dict(zip(decodes, inside, strict=True))
+        found: dict[int, int] = {}
+        for decode in decodes:
+            place = first + round(decode * (last - first) / self._cut.nano_batches[number].num_decodes)
+            nearest = min(inside, key=lambda border: abs(border - place))
+            found[decode] = nearest if _NEAR * abs(nearest - place) <= last - first else place
+        return found
 
     def _decodes(self, step: Step) -> Iterator[tuple[int, int, int]]:
-        """(nano-batch, its first decode and the one behind its last) that the step has."""
+        """(nano-batch, its first decode and the one behind its last) that a step has."""
         for number, (border, nano_batch) in enumerate(zip(self._cut.borders, self._cut.nano_batches, strict=False)):
             start, stop = max(0, step.start - border), min(nano_batch.num_decodes, step.stop - border)
             if start < stop:
                 yield number, start, stop
 
-    def _lanes_at(self, number: int, places: list[int]) -> Iterator[tuple[tuple[int, int], int]]:
-        """For places among a nano-batch's decodes the lane, counted through its parts."""
-        ends = [0]
-        for part in self._parts:
-            if part.number == number:
-                ends.append(ends[-1] + part.num_lanes)
-        if len(places) == len(ends):  # each part has its piece
-            yield from (((number, place), end) for place, end in zip(places, ends, strict=True))
-            return
-        for place in places:
-            lane = round(place * ends[-1] / self._cut.nano_batches[number].num_decodes)
-            nearest = min(ends, key=lambda end: abs(end - lane))
-            yield (number, place), nearest if _NEAR * abs(nearest - lane) <= ends[-1] else lane
-
-    def _lane_ranges(self, step: Step) -> Iterator[tuple[int, int]]:
-        for number, start, stop in self._decodes(step):
-            low, high = self._lane_of[number, start], self._lane_of[number, stop]
-            before = 0
-            for part in self._parts:
-                if part.number == number:
-                    first, last = max(low - before, 0), min(high - before, part.num_lanes)
-                    if first < last:
-                        yield part.first_row + first, part.first_row + last
-                    before += part.num_lanes
-
-    def _prefill_ranges(self, step: Step) -> Iterator[tuple[int, int]]:
-        for part in self._parts:
-            border, nano_batch = self._cut.borders[part.number], self._cut.nano_batches[part.number]
-            middle = border + nano_batch.num_decodes
-            if not (middle < border + nano_batch.num_tokens and step.start < border + nano_batch.num_tokens):
-                continue
-            start = border if step.start <= middle else step.start
-            if middle < step.stop and start <= part.start and part.stop <= step.stop:
-                yield part.first_row, part.last_row
+    def _is_among_prefills(self, place: int) -> bool:
+        return any(
+            border + nano_batch.num_decodes < place < border + nano_batch.num_tokens
+            for border, nano_batch in zip(self._cut.borders, self._cut.nano_batches, strict=False)
+        )

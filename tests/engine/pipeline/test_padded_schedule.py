@@ -1,5 +1,7 @@
 """Schedules on rows that are not told apart: what is cut, and that they stay right."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,18 +26,18 @@ PLAN = Schedule.parse(
 
 
 def test_a_plan_on_rows_of_any_kind() -> None:
-    """A halved head makes two nano-batches, each with attention of its own."""
+    """Each half is a nano-batch, with attention of its own."""
     verify(PLAN, GRAPH)
     padded = padded_schedule(PLAN, GRAPH, 2048, 1536, 4096)
     rows = [(each.num_tokens, each.num_lanes, each.num_chunks) for each in padded.bucket.nano_batches]
-    assert rows == [(512, 384, 64), (512, 384, 64), (1024, 768, 64)]
+    assert rows == [(512, 384, 64)] * 4
     assert str(padded.schedule) == (
-        "nano-batches: 384+128 384+128 768+256\n"
+        "nano-batches: 384+128 384+128 384+128 384+128\n"
         "compute: o_proj[0:1024]*7@1 gate_up_proj[0:1024]*7@1 down_proj[0:1024]*7@1 qkv_proj[0:512] qkv_proj[512:1024]"
         " prefill_attention[0:512] prefill_attention[512:1024] o_proj[1024:2048]@1 gate_up_proj[1024:2048]@1"
-        " down_proj[1024:2048]@1 qkv_proj[1024:2048] prefill_attention[1024:2048]\n"
+        " down_proj[1024:2048]@1 qkv_proj[1024:2048] prefill_attention[1024:1536] prefill_attention[1536:2048]\n"
         "memory: decode_attention[0:384]*3 decode_attention[512:896]*3 decode_attention[1024:1408]"
-        " decode_attention[1408:1792]\n"
+        " decode_attention[1536:1920]\n"
     )
     verify(padded.schedule, GRAPH)
 
@@ -43,10 +45,10 @@ def test_a_plan_on_rows_of_any_kind() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "max_sequences", "borders", "lanes"),
     [
-        (2048, 1024, (0, 512, 1024, 2048), (256, 256, 512)),
-        (1920, 1024, (0, 512, 960, 1920), (274, 239, 512)),
-        (1152, 1024, (0, 256, 576, 1152), (228, 285, 512)),
-        (100, 1024, (0, 24, 48, 100), (23, 23, 50)),
+        (2048, 1024, (0, 512, 1024, 1536, 2048), (256, 256, 256, 256)),
+        (1920, 1024, (0, 512, 960, 1408, 1920), (274, 239, 239, 274)),
+        (1152, 1024, (0, 256, 576, 896, 1152), (228, 285, 285, 228)),
+        (100, 1024, (0, 24, 48, 76, 100), (23, 23, 27, 23)),
     ],
 )
 def test_borders_are_where_tiles_end_and_lanes_are_dealt_as_the_plan_deals_decodes(
@@ -55,6 +57,30 @@ def test_borders_are_where_tiles_end_and_lanes_are_dealt_as_the_plan_deals_decod
     bucket = padded_schedule(PLAN, GRAPH, num_tokens, num_tokens, max_sequences).bucket
     assert bucket.borders == borders
     assert tuple(each.num_lanes for each in bucket.nano_batches) == lanes
+
+
+@pytest.mark.parametrize(
+    ("heads", "decodes", "borders"),
+    [
+        ((0, 512, 1024), (0, 256, 320), (0, 512, 1024)),  # as many pieces: each meets its own, whatever their sizes
+        ((0, 1024), (0, 256, 320), (0, 832, 1024)),
+        ((0, 384, 640, 1024), (0, 200, 320), (0, 384, 640, 1024)),  # near the second border
+        ((0, 384, 640, 1024), (0, 64, 320), (0, 192, 384, 640, 1024)),
+    ],
+)
+def test_pieces_of_decode_attention_have_their_part_of_the_decodes(
+    heads: tuple[int, ...], decodes: tuple[int, ...], borders: tuple[int, ...]
+) -> None:
+    head = " ".join(f"qkv_proj[{start}:{stop}]" for start, stop in pairwise(heads))
+    attention = " ".join(f"decode_attention[{start}:{stop}]" for start, stop in pairwise(decodes))
+    schedule = Schedule.parse(
+        f"nano-batches: 320+704\ncompute: {head} prefill_attention[320:1024] o_proj[0:1024]"
+        f" gate_up_proj[0:1024] down_proj[0:1024]\nmemory: {attention}\n"
+    )
+    verify(schedule, GRAPH)
+    padded = padded_schedule(schedule, GRAPH, 1024, 768, 1024)
+    verify(padded.schedule, GRAPH)
+    assert padded.bucket.borders == borders
 
 
 @pytest.mark.parametrize(
@@ -105,6 +131,7 @@ def test_a_padded_schedule_is_right_whatever_its_rows_hold(graph: OperationGraph
         if kinds[step.node] is not TokenKind.DECODE:
             assert {step.start, step.stop} <= set(bucket.borders)
         else:
-            assert step.stop <= bucket.borders[number] + bucket.nano_batches[number].num_lanes
+            assert step.start == bucket.borders[number]
+            assert step.stop == step.start + bucket.nano_batches[number].num_lanes
         if kinds[step.node] is TokenKind.PREFILL:
             assert step.stop == bucket.borders[number + 1] and bucket.nano_batches[number].num_chunks
