@@ -8,6 +8,7 @@ of -1, so that attention leaves the row alone.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.pipeline.nano_batch import Cut
-from engine.pipeline.padded_parts import PaddedParts
+from engine.pipeline.padded_parts import PaddedParts, PaddedTokens
 from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket, chunk_pieces
 from engine.sampling_table import Int64s
 from engine.step_inputs import StepInputs
@@ -44,22 +45,16 @@ class PaddedInputs:
 
     def step(self, bucket: TokenBucket, attention_TA: Tensor) -> StepInputs:
         """The inputs of the step that is there when this runs, gathered on the device; of a bucket in one piece."""
-        tokens, (nano_batch,) = self._gathered(bucket)
-        return StepInputs(**tokens, **nano_batch, kv_cache=self._kv_cache, attention=attention_TA)
+        _, (step,) = self._gathered(bucket)
+        return replace(step, attention=attention_TA)
 
     def parts(self, bucket: TokenBucket) -> PaddedParts:
         """The same of any bucket, for a schedule on its rows."""
-        tokens, nano_batches = self._gathered(bucket)
-        steps = [
-            StepInputs(
-                **{name: values[slice(*rows)] for name, values in tokens.items()}, **of_it, kv_cache=self._kv_cache
-            )
-            for rows, of_it in zip(pairwise(bucket.borders), nano_batches, strict=True)
-        ]
+        tokens, steps = self._gathered(bucket)
         return PaddedParts(bucket, tokens, steps)
 
-    def _gathered(self, bucket: TokenBucket) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
-        """The fields of `StepInputs` that are of every token, and those that are of each nano-batch."""
+    def _gathered(self, bucket: TokenBucket) -> tuple[PaddedTokens, list[StepInputs]]:
+        """What all rows are, and the inputs of each nano-batch."""
         sizes = [size for _, size in _sections(bucket)]
         parts = iter(torch.split_with_sizes(self._integers[: sum(sizes)], sizes))
         rows_T, positions_T = next(parts), next(parts)
@@ -68,27 +63,32 @@ class PaddedInputs:
         block_size = self._kv_cache.block_size
         indices_T = known_T // block_size
         slots_T = self._pool.slots(rows_T, indices_T, known_T - indices_T * block_size, block_size)
-        tokens = {
-            "tokens": self._pool.read_tokens(rows_T, known_T),
-            "positions": positions_T,
-            "slots": slots_T.masked_fill_(is_padding_T, -1),
-        }
-        return tokens, [self._nano_batch(each, parts) for each in bucket.nano_batches]
+        tokens = PaddedTokens(
+            self._pool.read_tokens(rows_T, known_T), positions_T, slots_T.masked_fill_(is_padding_T, -1)
+        )
+        ranges = zip(pairwise(bucket.borders), bucket.nano_batches, strict=True)
+        return tokens, [self._nano_batch(tokens, slice(*rows), each, parts) for rows, each in ranges]
 
-    def _nano_batch(self, nano_batch: PaddedNanoBatch, parts: Iterator[Tensor]) -> dict[str, object]:
+    def _nano_batch(
+        self, tokens: PaddedTokens, rows: slice, nano_batch: PaddedNanoBatch, parts: Iterator[Tensor]
+    ) -> StepInputs:
         width = self._pool.block_tables.shape[1]
         lane_rows, lane_lengths, chunk_rows, chunk_starts, chunk_lengths = (next(parts) for _ in range(_NUM_SECTIONS))
-        return {
-            "decode_block_tables": self._pool.tables(lane_rows, width),
-            "decode_lengths": lane_lengths,
-            "prefill_block_tables": self._pool.tables(chunk_rows, width),
-            "num_decodes": nano_batch.num_lanes,
-            "max_decode_length": width * self._kv_cache.block_size,
-            "prefill_chunk_sizes": (),
-            "prefill_context_lengths": (),
-            "prefill_starts": chunk_starts,
-            "prefill_lengths": chunk_lengths,
-        }
+        return StepInputs(
+            tokens=tokens.tokens[rows],
+            positions=tokens.positions[rows],
+            slots=tokens.slots[rows],
+            decode_block_tables=self._pool.tables(lane_rows, width),
+            decode_lengths=lane_lengths,
+            prefill_block_tables=self._pool.tables(chunk_rows, width),
+            num_decodes=nano_batch.num_lanes,
+            max_decode_length=width * self._kv_cache.block_size,
+            prefill_chunk_sizes=(),
+            prefill_context_lengths=(),
+            kv_cache=self._kv_cache,
+            prefill_starts=chunk_starts,
+            prefill_lengths=chunk_lengths,
+        )
 
 
 def packed_step(

@@ -5,9 +5,10 @@ nano-batch, and prefill attention all its rows, with the places where chunks beg
 rows that are its own (see `StepInputs`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,15 +18,28 @@ from engine.pipeline.token_bucket import TokenBucket
 from engine.step_inputs import StepInputs
 
 
+class PaddedTokens(NamedTuple):
+    """What `StepInputs` says of all rows [T]."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
 class PaddedParts:
     """Of nano-batches' inputs; everything was gathered before, parts are views and shared by all layers."""
 
-    def __init__(self, bucket: TokenBucket, tokens: Mapping[str, Tensor], steps: Sequence[StepInputs]) -> None:
-        """`tokens` [T] are the fields of all rows, `steps` the inputs of each nano-batch."""
+    def __init__(self, bucket: TokenBucket, tokens: PaddedTokens, steps: Sequence[StepInputs]) -> None:
+        """`tokens` are of all rows, `steps` the inputs of each nano-batch."""
         self._bucket = bucket
         self._steps = steps
         self._parts: dict[tuple[int, int, TokenKind], StepInputs] = {}
-        self.whole = replace(_without_decodes(_without_chunks(steps[0])), **tokens)
+        self.whole = replace(
+            _without_decodes(_without_chunks(steps[0])),
+            tokens=tokens.tokens,
+            positions=tokens.positions,
+            slots=tokens.slots,
+        )
 
     def rows(self, start: int, stop: int, kind: TokenKind) -> Sequence[Rows]:
         """The rows that tokens of `kind` may have in a range, as (start, stop) pairs, one for each nano-batch."""

@@ -27,7 +27,7 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
-from engine.pipeline.trial_steps import TrialSteps
+from engine.pipeline.trial_steps import TrialStep, TrialSteps
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
@@ -100,7 +100,7 @@ class Trial:
                 else padded.by(each.schedule, self._lanes[each.overlaps])
                 for each in contestants
             ]
-            return [_Run(lambda stopwatch, step=step: step.run(), step.fill) for step in steps]
+            return [_Run(partial(_replay, step), step.fill) for step in steps]
         step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
         step = replace(step, tokens=_random_tokens(len(step.tokens), self._config.model.vocab_size).to(self._device))
         return [_Run(partial(self._launch, step, each)) for each in contestants]
@@ -154,6 +154,10 @@ class _Run:
 
     compute: Callable[[Stopwatch], object]
     fill: Callable[[], None] = lambda: None
+
+
+def _replay(step: TrialStep, stopwatch: Stopwatch) -> object:
+    return step.run()
 
 
 def _random_tokens(num_tokens: int, vocab_size: int) -> Tensor:
