@@ -17,12 +17,12 @@ from engine.batch import Batch, IntArray
 from engine.config import EngineConfig
 from engine.decode_order import DecodeOrder, parts_of
 from engine.kv_cache import KVCache
-from engine.padded_inputs import PaddedInputs, packed_step
 from engine.pipeline.nano_batch import Cut
+from engine.pipeline.padded_inputs import PaddedInputs, packed_step
+from engine.pipeline.token_bucket import TokenBucket
 from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
 from engine.staging import HostArray, stage
 from engine.step_inputs import DecodePart, StepInputs
-from engine.token_bucket import TokenBucket
 from engine.token_pool import TokenPool
 
 
@@ -108,15 +108,16 @@ class InputPreparation:
         if self._last is not None and self._last.step is step:
             self._last.drawn = token_ids_K
 
-    def prepare_padded(self, batch: Batch, cut: Cut, inputs: PaddedInputs, bucket: TokenBucket) -> PreparedStep:
-        """The batch, to be run on these inputs, for which it is padded; by a schedule with this cut, of one piece."""
+    def prepare_padded(self, batch: Batch, dealt: Cut, inputs: PaddedInputs, bucket: TokenBucket) -> PreparedStep:
+        """The batch, padded to be run on these inputs: dealt like this to the nano-batches of a bucket."""
         self._last = None
         self._admit(batch)
-        arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None)
+        arrays = _step_arrays(batch, None, self._kv_cache.block_size, None)
         plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
-        travelling: dict[str, HostArray] = {
-            "padded": packed_step(bucket, batch, arrays["token_row"], arrays["token_position"])
-        }
+        packed, places = packed_step(bucket, batch, dealt, arrays["token_row"], arrays["token_position"])
+        if "sampled_token" in arrays or len(bucket.nano_batches) > 1:
+            arrays["sampled_token"] = places[batch.counts.cumsum(dtype=np.int64)[batch.sampled] - 1]
+        travelling: dict[str, HostArray] = {"padded": packed}
         travelling |= {name: array for name, array in arrays.items() if name.startswith("sampled_")}
         staged = stage(_update_arrays(batch) | travelling | plan.arrays, self._device)
         self._write_admitted(batch, staged)
@@ -277,9 +278,9 @@ def _update_arrays(batch: Batch) -> dict[str, HostArray]:
     return arrays
 
 
-def _step_arrays(batch: Batch, planned: Cut, block_size: int, order: Int64s | None) -> dict[str, Int64s]:
-    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut, of
-    the batch's decodes in `order`.
+def _step_arrays(batch: Batch, planned: Cut | None, block_size: int, order: Int64s | None) -> dict[str, Int64s]:
+    """Rows and positions of the T tokens, the S sequences and the K draws; hidden states lie in the order of a cut, or
+    of the batch without one, and of the batch's decodes in `order`.
 
     In a step of decodes alone several of them are the same, and no "sampled_token" says that every hidden state is
     drawn from, in its place.
@@ -300,12 +301,14 @@ def _step_arrays(batch: Batch, planned: Cut, block_size: int, order: Int64s | No
         arrays["token_row"] = np.repeat(rows, batch.counts)
         arrays["token_position"] = _ranges(starts, batch.counts.astype(np.int64))
     arrays["token_block"], arrays["token_offset"] = np.divmod(arrays["token_position"], block_size)
-    if order is not None or has_prefills or not draws_all or len(planned.nano_batches) > 1:
-        cut = planned.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+    if order is not None or has_prefills or not draws_all or (planned is not None and len(planned.nano_batches) > 1):
         places = batch.counts.cumsum(dtype=np.int64) - 1
         if order is not None:
             places[order] = np.arange(len(order))
-        arrays["sampled_token"] = cut.positions_of(places[batch.sampled])
+        arrays["sampled_token"] = places[batch.sampled]
+        if planned is not None:
+            cut = planned.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+            arrays["sampled_token"] = cut.positions_of(places[batch.sampled])
     return arrays
 
 

@@ -4,6 +4,8 @@ A step is launched without waiting for the device, so the next one can be launch
 host. It knows no sequences, no prefixes, no other ranks.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,14 @@ from engine.input_preparation import InputPreparation, PreparedStep
 from engine.kv_cache import KVCache
 from engine.layers.attention import DecodeAttention
 from engine.models.decoder import Decoder
-from engine.padded_steps import PaddedSteps
 from engine.pending_step import PendingStep, StepClock
 from engine.pipeline.capture import Captures
 from engine.pipeline.lanes import lanes_for
+from engine.pipeline.padded_layers import PaddedLayers
+from engine.pipeline.padded_steps import PaddedSteps
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.plan_choice import SEQUENTIAL, PlanChoice
 from engine.pipeline.plan_set import PlanSet
-from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.sampler import Drawn, sample
 
@@ -66,16 +68,19 @@ class ModelRunner:
         """Run the steps from now on by other plans; benchmarks compare modes on one model with it."""
         self.plans = plans
         self._lanes = lanes_for(self.device, overlaps=overlaps)
+        if self.padded is not None:
+            self.padded.serve(plans, self._lanes)
 
     def pad_steps(self, captures: Captures | None) -> None:
-        """From now on run the steps of the sequential schedule at a few fixed sizes, as CUDA graphs if they can be.
+        """From now on run steps at a few fixed sizes, as CUDA graphs if they can be: all sizes by the sequential
+        schedule, and those of batches that have a plan by that one.
 
         The layers must be computed by `engine.kernels.gpu`. Raises `CaptureError` where a layer waits for the device;
         steps then go on as before.
         """
-        padded = PaddedSteps(self._config, self._model, self.pipeline, self._kv_cache, self._preparation.pool)
-        if captures is not None:
-            padded.capture(captures)
+        layers = PaddedLayers(self._config, self.pipeline, self._kv_cache, self._preparation.pool)
+        padded = PaddedSteps(layers, self.pipeline.sequential, self._config.max_batch_tokens, captures)
+        padded.serve(self.plans, self._lanes)
         self.padded = padded
 
     @torch.inference_mode()
@@ -83,36 +88,42 @@ class ModelRunner:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self.device)
         stopwatch = Stopwatch()
-        name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
-        prepared, hidden_TE, num_padding_tokens = self._run(batch, schedule, stopwatch)
+        ran = self._run(batch, stopwatch)
         drawn = None
-        if hidden_TE is not None and len(batch.sampled):
-            drawn = self._draw(hidden_TE, prepared, stopwatch)
+        if ran.hidden is not None and len(batch.sampled):
+            drawn = self._draw(ran.hidden, ran.prepared, stopwatch)
         clock.stop()
         times = stopwatch.times() if self.device.type == "cpu" else None
         return PendingStep(
             batch.step,
-            prepared.plan,
+            ran.prepared.plan,
             drawn,
             clock,
             self._copies,
-            plan_name=name,
+            plan_name=ran.plan,
             times=times,
-            num_padding_tokens=num_padding_tokens,
+            num_padding_tokens=ran.num_padding_tokens,
         )
 
-    def _run(self, batch: Batch, schedule: Schedule, stopwatch: Stopwatch) -> tuple[PreparedStep, Tensor | None, int]:
-        """The prepared step, its hidden states (None without tokens), and how many rows more were computed."""
-        if self.padded is not None and schedule == self.pipeline.sequential:
-            bucket = self.padded.bucket_of(batch)
-            if bucket is not None:
-                prepared = self._preparation.prepare_padded(batch, schedule.cut, self.padded.inputs, bucket)
-                hidden_TE = self.padded.run(bucket)[: batch.num_tokens]
-                return prepared, hidden_TE, bucket.num_tokens - batch.num_tokens
+    def _run(self, batch: Batch, stopwatch: Stopwatch) -> "_Ran":
+        """Compute its hidden states."""
+        name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        padded = None if self.padded is None else self.padded.of(batch, schedule)
+        if self.padded is not None and padded is not None:
+            bucket = padded.step.bucket
+            prepared = self._preparation.prepare_padded(batch, padded.dealt, self.padded.inputs, bucket)
+            hidden_TE = padded.step.run()
+            return _Ran(
+                plan=name if padded.schedule == schedule else SEQUENTIAL,
+                prepared=prepared,
+                hidden=hidden_TE[: batch.num_tokens] if prepared.sampled_tokens is None else hidden_TE,
+                num_padding_tokens=bucket.num_tokens - batch.num_tokens,
+            )
         prepared = self._preparation.prepare(batch, schedule.cut)
         if prepared.inputs is None:
-            return prepared, None, 0
-        return prepared, self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch), 0
+            return _Ran(plan=name, prepared=prepared)
+        hidden_TE = self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch)
+        return _Ran(plan=name, prepared=prepared, hidden=hidden_TE)
 
     def _draw(self, hidden_TE: Tensor, prepared: PreparedStep, stopwatch: Stopwatch) -> Drawn:
         """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
@@ -131,3 +142,13 @@ class ModelRunner:
             drawn = sample(logits_KV, prepared.plan, prepared.sections, self._preparation.pool)
         self._preparation.drawn(prepared, drawn.token_ids)
         return drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ran:
+    """A step by `plan`: hidden states [T, E] of its rows (None without tokens), of which so many are padding."""
+
+    plan: str
+    prepared: PreparedStep
+    hidden: Tensor | None = None
+    num_padding_tokens: int = 0

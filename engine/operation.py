@@ -114,6 +114,11 @@ class Operation(nn.Module):
         """Whether it does nothing here, as a collective in a group of one; a graph leaves such operations out."""
         return False
 
+    @property
+    def is_computed_elsewhere(self) -> bool:
+        """Whether it was told by whom (`computed_by`)."""
+        return "forward" in vars(self)
+
     def into(self, output: Tensor, *inputs: object) -> None:
         """Compute as `forward` does, with the result in `output`, which has its shape and dtype."""
         output.copy_(self(*inputs))

@@ -41,10 +41,11 @@ class StepInputs:
     For kernels that read lengths on the device: `prefill_starts` [P + 1], the chunks' first places among the Q tokens
     and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`.
 
-    In a padded step, whose shapes are larger than its batch (see `engine.padded_inputs`), `num_decodes` counts lanes;
-    those without a decode have the length 0. Rows without a token have the position and the slot -1. Any row that is
-    not a decode's may be a chunk's, so `prefill_starts` count all rows, and both kinds of attention write to
-    `attention` [T, A], each to its own rows: first decodes to all lanes, then chunks, and zeros behind them.
+    In a padded step, whose shapes are larger than its batch (see `engine.pipeline.padded_inputs`), `num_decodes` counts
+    lanes. Rows without a token have the position and the slot -1. Any row that is not a decode's may be a chunk's, so
+    `prefill_starts` count all rows, and both kinds of attention write to one place, each to its own rows: prefill
+    attention those of the chunks, and zeros behind them; decode attention those of the lanes that have a decode. Others
+    have the length -1, or 0 and get zeros where no chunk can be. That place is `attention` [T, A] if it is given.
     """
 
     tokens: Tensor

@@ -31,7 +31,9 @@ from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
 from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_bytes import tensor_bytes
 from engine.tensor_parallel import TensorParallel
@@ -113,6 +115,8 @@ class Worker:
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
             pipeline.reserve(plans.schedules, config.max_batch_tokens)
+            if uses_gpu_kernels:
+                reserve_padded(config, pipeline, PlanChoice(pipeline.sequential, plans))
         self._workspace_bytes = self._meter.grown()
         num_blocks = self._agree_on_blocks(device)
         cache = KVCache.allocate(config, num_blocks, device)
@@ -143,6 +147,11 @@ class Worker:
             runner.pad_steps(Captures(device))
         except (CaptureError, torch.OutOfMemoryError) as error:
             self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
+        # All ranks pad the same steps: else they would exchange different numbers of rows.
+        if self._minimum(int(runner.padded is not None), device) == 0:
+            runner.padded = None
+        elif runner.padded is not None:
+            runner.padded.keep_planned(self._minimum(runner.padded.num_planned, device))
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""

@@ -35,6 +35,20 @@ class DecodeShare(StrEnum):
             return cls.MOSTLY_PREFILL
         return cls.MOSTLY_DECODE if 4 * num_decodes >= 3 * num_tokens else cls.MIXED
 
+    def most_decodes(self, num_tokens: int) -> int:
+        """Of so many tokens."""
+        match self:
+            case DecodeShare.ALL_PREFILL:
+                return 0
+            case DecodeShare.MOSTLY_PREFILL:
+                return num_tokens // 4
+            case DecodeShare.MIXED:
+                return (3 * num_tokens - 1) // 4
+            case DecodeShare.MOSTLY_DECODE:
+                return num_tokens - 1
+            case DecodeShare.ALL_DECODE:
+                return num_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -54,6 +68,12 @@ class Bucket:
             num_decodes = max(1, num_decodes)
         batch = num_decodes, self.num_tokens - num_decodes
         return batch if batch[1] >= 0 and DecodeShare.of(*batch) is self.share else None
+
+    def sizes(self, max_batch_tokens: int) -> range:
+        """Tokens of the batches in it, where the largest has so many."""
+        steps = ladder(max_batch_tokens)
+        index = steps.index(self.num_tokens) + 1
+        return range(self.num_tokens, steps[index] if index < len(steps) else max_batch_tokens + 1)
 
 
 _DECODE_EIGHTHS = {

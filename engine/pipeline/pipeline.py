@@ -5,7 +5,7 @@ that was planned for one batch is scaled to the batch at hand; what order its st
 once per schedule. Layers whose graph the schedule was not made for run one operation after the other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from engine.kernels.compiled import CompiledKernels
 from engine.kernels.kernel import Kernel
+from engine.layers.attention import PagedAttention
+from engine.layers.embedding import VocabParallelEmbedding
 from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.buffers import plan_buffers
@@ -26,7 +28,8 @@ from engine.pipeline.plain_run import compute, run_layers
 from engine.pipeline.product_share import ProductShare
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.sequential import sequential_schedule
-from engine.pipeline.step_parts import StepParts
+from engine.pipeline.split_schedule import split_schedule
+from engine.pipeline.step_parts import Parts, StepParts
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.pipeline.tracer import TracedLayer, trace_layer
 from engine.pipeline.values import Values
@@ -88,6 +91,18 @@ class Pipeline:
         ]
 
     @property
+    def embedding(self) -> VocabParallelEmbedding:
+        """What makes the first layer's input."""
+        return self._embedding
+
+    @property
+    def reads_lengths_on_device(self) -> bool:
+        """Whether all that reads the cache is computed by kernels that find lengths and starts there."""
+        calls = (call for program in self.programs for bound in program.nodes.values() for call in bound.calls)
+        readers = [call.operation for call in calls if isinstance(call.operation, PagedAttention)]
+        return all(reader.is_computed_elsewhere for reader in readers)
+
+    @property
     def sequential(self) -> Schedule:
         """One nano-batch, one operation after the other; fits every batch."""
         return self._sequential[self.graph.signature]
@@ -101,7 +116,29 @@ class Pipeline:
         if lanes.runs_plainly and schedule == self.sequential:
             return self._run_plainly(step, lanes, stopwatch)
         cut = schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
-        parts = StepParts(step, cut)
+        return self._run_cut(StepParts(step, cut), cut, schedule, self._sequential, lanes, stopwatch)
+
+    def run_padded(self, parts: Parts, schedule: Schedule, lanes: Lanes) -> Tensor:
+        """Hidden states [T, E] after the last layer, of the rows that `schedule` cuts, as they are told apart in
+        `parts` (see `PaddedSchedule`).
+
+        The schedule must have passed `check`. The hidden states lie where the next run writes, and keep that memory
+        should a later run need more.
+        """
+        graphs = (run.traced.graph for run in self._runs)
+        others = {graph.signature: split_schedule(graph, schedule.cut) for graph in graphs}
+        return self._run_cut(parts, schedule.cut, schedule, others, lanes, Stopwatch())
+
+    def _run_cut(
+        self,
+        parts: Parts,
+        cut: Cut,
+        schedule: Schedule,
+        others: Mapping[str, Schedule],
+        lanes: Lanes,
+        stopwatch: Stopwatch,
+    ) -> Tensor:
+        """Run a schedule that `cut` is a scaled copy of; layers that it was not made for by `others`."""
         hidden_TE, arriving = self._embed(parts.whole, self._pieces(schedule, cut), lanes, stopwatch)
         if not self._rows and arriving is not None:
             arriving.land(stopwatch)
@@ -110,8 +147,8 @@ class Pipeline:
         for run in self._runs:
             if run is not self._runs[0]:
                 hidden_TE, arriving = hidden_TE.clone(), None  # it lies where these layers may write
-            plan = self._plan_of(run, schedule)
-            ranges = _ranges(plan, cut) if plan is schedule else [(0, cut.num_tokens) for _ in plan.steps]
+            plan = schedule if self._is_planned(run) else others[run.traced.graph.signature]
+            ranges = _ranges(plan, cut)
             values = self._values(run, plan, parts, hidden_TE, arriving)
             lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
             hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
@@ -140,7 +177,7 @@ class Pipeline:
         device = self._embedding.shard.weight.device
         for schedule in schedules:
             for run in self._runs:
-                if run.traced.graph.signature == self.graph.signature:
+                if self._is_planned(run):
                     rows = self._rows[self.graph.signature]
                     self._arena.reserve(schedule, run.traced, len(run.programs), rows, num_tokens, device)
 
@@ -187,19 +224,17 @@ class Pipeline:
     def _pieces(self, schedule: Schedule, cut: Cut) -> list[tuple[int, int]]:
         """The tokens of the nano-batches of `cut`, a scaled copy of the schedule's, in the order they are begun."""
         if schedule not in self._leads:
-            order = self._order_of(self._runs[0], self._plan_of(self._runs[0], schedule))
-            self._leads[schedule] = nano_batches_as_begun(order, schedule.cut)
+            first = self._runs[0]
+            plan = schedule if self._is_planned(first) else self._sequential[first.traced.graph.signature]
+            self._leads[schedule] = nano_batches_as_begun(self._order_of(first, plan), schedule.cut)
         tokens = ((cut.borders[index], cut.borders[index + 1]) for index in self._leads[schedule])
         return [(start, stop) for start, stop in tokens if start < stop]
 
-    def _plan_of(self, run: _Run, schedule: Schedule) -> Schedule:
-        """The schedule for the layers that it was made for; others run sequentially."""
-        signature = run.traced.graph.signature
-        return schedule if signature == self.graph.signature else self._sequential[signature]
+    def _is_planned(self, run: _Run) -> bool:
+        """Whether schedules are made for these layers."""
+        return run.traced.graph.signature == self.graph.signature
 
-    def _values(
-        self, run: _Run, schedule: Schedule, parts: StepParts, initial: Tensor, arriving: Flight | None
-    ) -> Values:
+    def _values(self, run: _Run, schedule: Schedule, parts: Parts, initial: Tensor, arriving: Flight | None) -> Values:
         """The places of a run's values."""
         graph = run.traced.graph
         rows = self._rows[graph.signature]

@@ -1,7 +1,10 @@
 """`PlanChoice`: which schedule a batch runs by, from the batch alone, so that every rank picks the same."""
 
+from collections.abc import Iterator
+
 from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.schedule import Schedule
+from engine.pipeline.token_bucket import token_sizes
 
 SEQUENTIAL = "sequential"
 
@@ -24,3 +27,17 @@ class PlanChoice:
         if plan is None or plan.schedule is None:
             return SEQUENTIAL, self._sequential
         return f"{plan.num_decodes}+{plan.num_prefills}", plan.schedule
+
+    def padded(self, max_batch_tokens: int) -> Iterator[tuple[Schedule, int, int]]:
+        """(schedule, rows, most decodes) of the steps that batches which run by a schedule are padded to.
+
+        A batch gets no more rows by its plan than it would get without: those of the next of `token_sizes`, which the
+        dense batch of a loaded engine is itself.
+        """
+        sizes = token_sizes(max_batch_tokens)
+        for smallest, size in zip((0, *sizes), sizes, strict=False):
+            yield self._sequential, size, size
+            for schedule, bucket in () if self._plans is None else self._plans.served:
+                batches = bucket.sizes(self._plans.max_batch_tokens) if self._plans is not None else range(0)
+                if smallest < batches.stop - 1 and batches.start <= size:
+                    yield schedule, size, bucket.share.most_decodes(size)

@@ -10,7 +10,7 @@ that is not complete was cut short, and lacks plans for buckets that may be wort
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -79,6 +79,13 @@ class PlanSet:
         """
         bucket = self._bucket_of(num_decodes, num_prefills)
         return None if bucket is None else self._by_bucket.get(bucket)
+
+    @property
+    def served(self) -> Iterator[tuple[Schedule, Bucket]]:
+        """The same, with the batches that run by each."""
+        for bucket, plan in self._by_bucket.items():
+            if plan.schedule is not None:
+                yield plan.schedule, bucket
 
     @cached_property
     def _by_bucket(self) -> Mapping[Bucket, SelectedPlan]:

@@ -1,9 +1,10 @@
 """Selection: the plans that a rank serves by, each measured to be faster than running one operation after the other.
 
-Stored plans of the same fingerprint are used as they are. Without any, the group profiles its layer, rank 0 plans for
-the largest batches first, every rank runs the best few candidates and the sequential schedule for real, and what wins
-by a margin is kept and stored. Where the prediction leaves nothing to win, nothing is run. Plans that were cut short by
-time are gone on with at the next start. All ranks end with the same; what fails on rank 0 makes steps run sequentially.
+Stored plans of the same fingerprint are used as they are. Without any, the group profiles its layer (on a GPU somebody
+must have done so before), rank 0 plans for the largest batches first, every rank runs the best few candidates and the
+sequential schedule for real, and what wins by a margin is kept and stored. Where the prediction leaves nothing to win,
+nothing is run. Plans that were cut short by time are gone on with at the next start. All ranks end with the same; what
+fails on rank 0 makes steps run sequentially.
 """
 
 import json
@@ -107,16 +108,23 @@ class Selector:
 
     def _stored_or_planned(self, effort: Effort | None) -> PlanSet | None:
         stored = self.stored()
-        # On CUDA a start uses stored plans only. The kernels there cannot be captured into a graph yet, so that what a
-        # trial would time is mostly the launching; and a profile that tells shares of the units apart takes minutes.
-        # Both are done offline, and what they find is put into the store or shipped.
-        is_enough = stored is not None and stored.is_complete
-        if is_enough or effort is None or self._config.device is DeviceKind.CUDA:
+        if effort is None or (stored is not None and stored.is_complete):
             return stored
         started = Stopwatch.now()
+        profile = None if stored is None else stored.profile
+        if self._config.device is DeviceKind.CUDA:
+            # A start plans there only from a profile that is at hand, and then tries the graphs that would be served.
+            # It makes none: what a share of the units costs, alone and beside others, takes minutes to tell, and times
+            # of a few seconds' measuring would find plans that the trial refuses. Nor is the time that computation
+            # waits for the network looked at first: without a network, attention is what there is to overlap.
+            profile = profile or self._finished()
+            if profile is None:
+                self._progress("no plans are made without a profile of this setup: `nanoserve profile` measures one")
+                return stored
+            return self.plan(profile, effort, started, stored)
         if stored is not None:
             self._progress("these plans were cut short by time, and are gone on with")
-            return self.plan(stored.profile or self.profile(effort.grid), effort, started, stored)
+            return self.plan(profile or self.profile(effort.grid), effort, started, stored)
         share = self._network_share(Trial(self._config, self._pipeline, self._tensor_parallel))
         if share < LEAST_NETWORK_SHARE:
             self._progress(f"no overlap to plan: the network takes {100 * share:.1f} % of the largest step")
@@ -153,15 +161,22 @@ class Selector:
 
     def profile(self, grid: ProfileGrid) -> Profile:
         """What `nanoserve profile` measured for this setup, if it did; else measure the layer on all ranks."""
-        profiler = Profiler(
-            self._pipeline.program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
-        )
-        finished = profiler.finished(self._store.profile_path(self._fingerprint))
+        finished = self._finished()
         if finished is not None:
-            self._progress(f"the operations of a layer as they were {finished.source}")
             return finished
         self._progress(f"measuring the operations of a layer ({grid.name} profile)")
-        return profiler.profile(self._store.profile_path(self._fingerprint, grid.name), must_write=False)
+        return self._profiler(grid).profile(self._store.profile_path(self._fingerprint, grid.name), must_write=False)
+
+    def _finished(self) -> Profile | None:
+        finished = self._profiler(QUICK).finished(self._store.profile_path(self._fingerprint))
+        if finished is not None:
+            self._progress(f"the operations of a layer as they were {finished.source}")
+        return finished
+
+    def _profiler(self, grid: ProfileGrid) -> Profiler:
+        return Profiler(
+            self._pipeline.program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
+        )
 
     def plan(self, profile: Profile, effort: Effort, started: float, begun: PlanSet | None = None) -> PlanSet:
         """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something.

@@ -7,6 +7,7 @@ a shorter chunk on either side, the later one with the earlier one as part of it
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ from engine.pipeline.nano_batch import Cut
 from engine.step_inputs import StepInputs
 
 Rows = tuple[int, int]
+
+
+class Parts(Protocol):
+    """The inputs of a step in the order of a cut, for whoever runs a schedule on it."""
+
+    @property
+    def whole(self) -> StepInputs:
+        """All tokens."""
+        ...
+
+    def rows(self, start: int, stop: int, kind: TokenKind) -> Sequence[Rows]:
+        """The positions of what an operation of `kind` computes in a range, in (start, stop) pairs."""
+        ...
+
+    def part(self, start: int, stop: int, kind: TokenKind) -> StepInputs:
+        """What it reads there."""
+        ...
 
 
 class StepParts:

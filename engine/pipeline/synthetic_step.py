@@ -1,16 +1,19 @@
-"""A step of any shape for measuring one layer: `StepInputs` over a cache of random keys and values of its own.
+"""A step of any shape for measuring: `StepInputs`, or a `Batch`, over a cache of random keys and values of its own.
 
 Decodes have ragged contexts, as in service; prefill tokens come as fresh prompts or, for longer contexts, as later
 chunks of prompts. Sequences share blocks when the cache is smaller than what they hold together.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import Batch
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig
 from engine.kv_cache import KVCache
 from engine.step_inputs import StepInputs
+from engine.token_pool import TokenPool
 
 # More than processors keep near them, so that attention reads memory; less than what a rank can spare.
 _MAX_CACHE_BYTES = {DeviceKind.CPU: 2**28, DeviceKind.CUDA: 2**31}
@@ -75,6 +78,41 @@ def synthetic_step(shape: BatchShape, max_model_len: int, cache: KVCache, device
         prefill_starts=starts,
         prefill_lengths=ends,
     )
+
+
+def synthetic_batch(
+    shape: BatchShape, config: EngineConfig, cache: KVCache, device: torch.device
+) -> tuple[Batch, TokenPool]:
+    """The same step as a batch that draws nothing, and the pool that its rows are in, of random tokens.
+
+    The tokens are the same on every rank, and all sorts, because equal ones would all be routed to the same experts.
+    """
+    lengths, chunks = _decode_lengths(int(shape.num_decodes), shape.decode_context, config.max_model_len), []
+    if shape.num_prefills:
+        chunks = _chunks(int(shape.num_prefills), shape.prefill_context, config.max_model_len)
+    counts = np.array([1] * len(lengths) + [size for size, _ in chunks], dtype=np.int32)
+    contexts = lengths + [length for _, length in chunks]
+    pool = TokenPool(
+        max_sequences=len(contexts),
+        max_model_len=config.max_model_len,
+        max_blocks_per_sequence=config.max_blocks_per_sequence,
+        device=device,
+    )
+    tables = _block_tables(contexts, cache)
+    pool.block_tables[:, : tables.shape[1]] = tables.to(device)
+    generator = torch.Generator().manual_seed(0)
+    pool.tokens.copy_(torch.randint(config.model.vocab_size, pool.tokens.shape, generator=generator))
+    batch = Batch(
+        step=0,
+        admissions=(),
+        block_updates=np.zeros((0, 3), np.int32),
+        rows=np.arange(len(counts), dtype=np.int32),
+        starts=np.array(contexts, np.int32) - counts,
+        counts=counts,
+        num_decodes=len(lengths),
+        sampled=np.zeros(0, np.int32),
+    )
+    return batch, pool
 
 
 def _decode_lengths(num_decodes: int, context: float, max_model_len: int) -> list[int]:

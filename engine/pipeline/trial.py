@@ -1,15 +1,16 @@
 """`Trial`: runs schedules for real, on synthetic batches, and tells how long each takes.
 
 All ranks run the same schedules in the same order; a run takes as long as on the slowest rank. Repetitions go round
-the schedules, so that a disturbance hits all alike, and a schedule counts with its median. On a GPU every schedule
-is captured once per batch, replayed, and timed by events of the device.
+the schedules, so that a disturbance hits all alike, and a schedule counts with its median. What is timed is what would
+be served: on a GPU the CUDA graph of a padded step (`TrialSteps`), by events of the device, where steps are such
+graphs; else the pipeline's run.
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,19 +19,19 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
+from engine.kv_cache import KVCache
 from engine.pending_step import StepClock
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import Captures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.pipeline.trial_steps import TrialStep, TrialSteps
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,7 @@ class Trial:
         """Time every contestant on a batch of `shape`, for about so many seconds in all, or the least rounds."""
         contexts = shape.num_decodes * shape.decode_context + shape.num_prefills + shape.prefill_context
         cache = synthetic_cache(self._config, int(contexts) + self._config.max_model_len, self._device)
-        step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
-        step = replace(step, tokens=_random_tokens(len(step.tokens), self._config.model.vocab_size).to(self._device))
-        runs = [self._prepared(contestant, step) for contestant in contestants]
+        runs = self._prepared(contestants, shape, cache)
         rounds: list[list[_Sample]] = [[] for _ in contestants]
         started = Stopwatch.now()
         num_rounds = -1  # the first round warms up
@@ -90,29 +89,32 @@ class Trial:
             num_rounds += 1
         return [self._timing(samples) for samples in rounds]
 
-    def _prepared(self, contestant: Contestant, step: StepInputs) -> "_Run":
-        """What runs the contestant once; on a GPU a graph, unless the model waits for the device somewhere."""
-        lanes = self._lanes[contestant.overlaps]
+    def _prepared(self, contestants: Sequence[Contestant], shape: BatchShape, cache: KVCache) -> list["_Run"]:
+        """What runs each contestant once."""
+        padded = TrialSteps.of(self._config, self._pipeline, shape, cache, self._captures)
+        if padded is not None:
+            sequential = self._pipeline.sequential
+            steps = [
+                padded.sequential
+                if each.schedule == sequential
+                else padded.by(each.schedule, self._lanes[each.overlaps])
+                for each in contestants
+            ]
+            return [_Run(partial(_replay, step), step.fill) for step in steps]
+        step = synthetic_step(shape, self._config.max_model_len, cache, self._device)
+        step = replace(step, tokens=_random_tokens(len(step.tokens), self._config.model.vocab_size).to(self._device))
+        return [_Run(partial(self._launch, step, each)) for each in contestants]
 
-        def run(stopwatch: Stopwatch) -> object:
-            return self._pipeline.run(step, contestant.schedule, lanes, stopwatch)
-
-        if self._captures is None:
-            return run
-        try:
-            # The hidden states that it returns keep the memory it writes, should a later schedule enlarge the arena.
-            captured = self._captures.capture(lambda: run(Stopwatch()))
-        except CaptureError as error:
-            _log.warning("%s It is timed as it is launched.", error)
-            return run
-        return lambda stopwatch: captured.replay()
+    def _launch(self, step: StepInputs, contestant: Contestant, stopwatch: Stopwatch) -> object:
+        return self._pipeline.run(step, contestant.schedule, self._lanes[contestant.overlaps], stopwatch)
 
     def _sample(self, run: "_Run") -> "_Sample":
+        run.fill()
         self._slowest(0.0)  # ranks begin together
         stopwatch = Stopwatch()
         cpu = time.process_time() - time.thread_time()
         clock = StepClock(self._device)
-        run(stopwatch)
+        run.compute(stopwatch)
         clock.stop()
         seconds = clock.seconds()
         if self._device.type == "cuda":  # the stopwatch saw the host launch it
@@ -146,7 +148,16 @@ class Trial:
         return largest.item()
 
 
-_Run = Callable[[Stopwatch], object]
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """`compute` is timed, `fill` comes before it."""
+
+    compute: Callable[[Stopwatch], object]
+    fill: Callable[[], None] = lambda: None
+
+
+def _replay(step: TrialStep, stopwatch: Stopwatch) -> object:
+    return step.run()
 
 
 def _random_tokens(num_tokens: int, vocab_size: int) -> Tensor:

@@ -14,7 +14,7 @@ from engine.pipeline.chain import BoundCall, Chain
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
 from engine.pipeline.layer_program import BoundNode
-from engine.pipeline.step_parts import Rows, StepParts
+from engine.pipeline.step_parts import Parts, Rows
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.tracer import STEP_INPUTS
 
@@ -29,7 +29,7 @@ class Values:
         self,
         places: Mapping[str, Sequence[Tensor]],
         graph: OperationGraph,
-        parts: StepParts,
+        parts: Parts,
         initial: Tensor,
         arriving: Flight | None = None,
     ) -> None:

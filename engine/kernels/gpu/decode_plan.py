@@ -128,11 +128,16 @@ def plan_decode(
 def _span(
     length: tl.tensor, window: tl.tensor, longest: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """First visible token, first tile and number of tiles of sequences of these lengths."""
+    """Length, first visible token, first tile and number of tiles of sequences of these lengths.
+
+    Those of a negative length have none: nobody will write their rows.
+    """
+    is_absent = length < 0
     length = tl.minimum(tl.maximum(length.to(tl.int32), 0), longest)
     begin = tl.maximum(length - window, 0)
     first_tile = begin // TILE
-    return length, begin, first_tile, tl.maximum((length + TILE - 1) // TILE - first_tile, 1)
+    count = tl.maximum((length + TILE - 1) // TILE - first_tile, 1)
+    return length, begin, first_tile, tl.where(is_absent, 0, count)
 
 
 @triton.jit(do_not_specialize=["lengths", "block_tables", "num_rows", "table_stride", "capacity", "window", "longest"])

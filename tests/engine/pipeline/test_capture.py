@@ -1,21 +1,12 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.batch_shape import BatchShape
-from engine.config import EngineConfig
-from engine.model_config import Architecture, DType
-from engine.models import build_model
 from engine.pipeline.capture import CaptureError, Captures
-from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.trial import MIN_ROUNDS, Contestant, Trial
-from engine.random_checkpoint import sized_config
-from engine.tensor_parallel import TensorParallel
 from tests.engine.pipeline.deferred_cuda import DEVICE, RecordedGraphs, deferred_cuda, recorded_graphs
 
 
@@ -99,44 +90,6 @@ def test_what_the_graph_reads_lives_as_long_as_the_graph(graphs: RecordedGraphs)
     del captured
     gc.collect()
     assert reference() is None
-
-
-class _ReplayingCaptures:
-    """Stands in for `Captures` where there is no device."""
-
-    def __init__(self, refuses: bool) -> None:
-        self.refuses = refuses
-        self.num_captured = self.num_replayed = 0
-
-    def capture(self, run: Callable[[], Any]) -> Any:
-        if self.refuses:
-            raise CaptureError("It waits.")
-        self.num_captured += 1
-        run()
-        return self
-
-    def replay(self) -> None:
-        self.num_replayed += 1
-
-
-@pytest.mark.parametrize("refuses", [False, True])
-def test_a_trial_captures_every_contestant_once_and_launches_what_cannot_be_captured(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, refuses: bool
-) -> None:
-    model_config = sized_config(Architecture.LLAMA, hidden_size=32, intermediate_size=48, vocab_size=64)
-    config = EngineConfig(model=model_config, checkpoint=tmp_path, dtype=DType.FLOAT32, max_model_len=64)
-    model = build_model(model_config, TensorParallel(), torch.float32, torch.device("cpu"))
-    pipeline = Pipeline(model, model_config.hidden_size)
-    trial = Trial(config, pipeline, TensorParallel())
-    captures = _ReplayingCaptures(refuses)
-    trial._captures = captures  # type: ignore[assignment]
-    contestants = [Contestant(pipeline.sequential, overlaps) for overlaps in (False, True)]
-    shape = BatchShape(num_decodes=3, num_prefills=5, decode_context=8, prefill_context=4)
-    timings = trial.run(contestants, shape, 0.0)
-    assert [len(timing.rounds) for timing in timings] == [MIN_ROUNDS] * 2
-    assert captures.num_captured == (0 if refuses else 2)
-    assert captures.num_replayed == (0 if refuses else 2 * (MIN_ROUNDS + 1))
-    assert [record.message for record in caplog.records] == ["It waits. It is timed as it is launched."] * 2 * refuses
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

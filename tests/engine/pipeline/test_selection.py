@@ -22,7 +22,7 @@ from engine.pipeline.nano_batch import NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore
-from engine.pipeline.profile import MeasuredCosts, Profile
+from engine.pipeline.profile import Profile
 from engine.pipeline.profiler import THOROUGH
 from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 from engine.pipeline.selection import Effort, Selector, effort_at_start
@@ -363,19 +363,21 @@ def test_where_there_is_nothing_to_choose_between_nothing_is_looked_up(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_gpu_has_a_lane_for_memory_and_uses_stored_plans_only(
+def test_a_gpu_has_a_lane_for_memory_and_plans_only_from_a_profile_at_hand(
     size: int, store: PlanStore, rehearsal: Rehearsal
 ) -> None:
     config, pipeline = replace(CONFIG, device=DeviceKind.CUDA), pipeline_of(size)
     selector = Selector(config, pipeline, TensorParallel(), store, rehearsal.told.append)
     assert selector.can_overlap
-    assert selector.select(EFFORT) is None
-    assert rehearsal.num_profiles == 0
-    shipped = _stored(sequential(pipeline.graph, NanoBatch(64, 64), NanoBatch(64, 64)))
-    store.save(shipped)
-    assert selector.select(EFFORT) == shipped
-    selector.contest(MIXED, MeasuredCosts(made_up_profile(), pipeline.graph), rehearsal, 1.0)  # type: ignore[arg-type]
-    assert Lane.MEMORY in rehearsal.lanes
+    found: list[Profile | None] = [None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selector, "_profiler", lambda *_: SimpleNamespace(finished=lambda path: found[0]))
+        assert selector.select(EFFORT) is None and "`nanoserve profile`" in rehearsal.told[-1]
+        found[0] = made_up_profile()
+        assert selector.select(None) is None
+        planned = selector.select(EFFORT)
+    assert planned is not None and planned.plans and Lane.MEMORY in rehearsal.lanes
+    assert selector.select(EFFORT) == planned, "as they were stored"
 
 
 # For real, with nothing made up.

@@ -108,6 +108,17 @@ def test_ragged_lengths_with_empty_rows(
     check(output, expected(query, cache), dtype)
 
 
+@pytest.mark.parametrize("lengths", [(-1, 5, -1, 0, 40, -1), (-1, -1)], ids=["some", "all"])
+def test_rows_of_a_negative_length_stay_as_they_are(lengths: tuple[int, ...], device: torch.device) -> None:
+    cache = PagedCache.random(lengths, num_kv_heads=2, block_size=16, head_dim=16, dtype=torch.float32, device=device)
+    query = torch.randn(len(lengths), 4, 16, device=device)
+    output = torch.full_like(query, torch.nan)
+    attend(query, cache, num_ctas=3, output=output)
+    is_absent = cache.lengths.cpu() < 0
+    assert output.cpu()[is_absent].isnan().all()
+    check(output.cpu()[~is_absent], expected(query, cache)[~is_absent], torch.float32)
+
+
 @pytest.mark.parametrize("num_ctas", [1, 3, 7, 40, 150])
 def test_any_number_of_programs_gives_the_same(num_ctas: int, device: torch.device) -> None:
     """From one program for everything to many for one sequence, and more programs than tiles."""

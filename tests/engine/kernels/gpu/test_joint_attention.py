@@ -1,4 +1,4 @@
-"""Decode and prefill attention write to one buffer, decodes first to all lanes: each row is what it alone would be."""
+"""Decode and prefill attention write to one buffer, in any order: each row is what it alone would be."""
 
 import pytest
 import torch
@@ -17,11 +17,16 @@ NUM_CTAS, NUM_SMS = 4, 2
 @pytest.mark.parametrize("num_lanes", [3, 20, 48])
 @pytest.mark.parametrize("num_decodes", [0, 1, 3])
 @pytest.mark.parametrize("sizes", [(), (7,), (20, 1, 13)])
-@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize(("window", "decodes_first"), [(None, True), (10, False)])
 def test_every_row_is_its_own(
-    num_lanes: int, num_decodes: int, sizes: tuple[int, ...], window: int | None, device: torch.device
+    num_lanes: int,
+    num_decodes: int,
+    sizes: tuple[int, ...],
+    window: int | None,
+    decodes_first: bool,
+    device: torch.device,
 ) -> None:
-    """Fewer lanes than rows, lanes that lie where chunks do, and as many lanes as rows."""
+    """Fewer lanes than rows, lanes that lie where chunks do, and as many lanes as rows. No lane has a decode, too."""
     num_rows, num_chunks = 48, 4
     lengths = (5, 40, 17)[:num_decodes] + (33, 1, 30)[: len(sizes)]
     cache = PagedCache.random(
@@ -29,7 +34,7 @@ def test_every_row_is_its_own(
     )
     tables, width = cache.block_tables, cache.block_tables.shape[1]
     lane_tables = torch.zeros(num_lanes, width, dtype=tables.dtype, device=device)
-    lane_lengths = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+    lane_lengths = torch.full((num_lanes,), -1, dtype=torch.int64, device=device)
     lane_tables[:num_decodes], lane_lengths[:num_decodes] = tables[:num_decodes], cache.lengths[:num_decodes]
     chunk_tables = torch.zeros(num_chunks, width, dtype=tables.dtype, device=device)
     chunk_lengths = torch.zeros(num_chunks, dtype=torch.int64, device=device)
@@ -51,22 +56,37 @@ def test_every_row_is_its_own(
         tile=config.tile,
         device=device,
     )
-    decode_attention(
-        query[:num_lanes],
-        cache.keys,
-        cache.values,
-        lane_tables,
-        lane_lengths,
-        scale=SCALE,
-        num_ctas=NUM_CTAS,
-        num_sms=NUM_SMS,
-        scratch=scratch,
-        window=window,
-        output=output[:num_lanes],
-    )
-    prefill_attention(
-        query, cache.keys, cache.values, chunk_tables, starts, chunk_lengths, scale=SCALE, window=window, output=output
-    )
+
+    def attend_decodes() -> None:
+        decode_attention(
+            query[:num_lanes],
+            cache.keys,
+            cache.values,
+            lane_tables,
+            lane_lengths,
+            scale=SCALE,
+            num_ctas=NUM_CTAS,
+            num_sms=NUM_SMS,
+            scratch=scratch,
+            window=window,
+            output=output[:num_lanes],
+        )
+
+    def attend_chunks() -> None:
+        prefill_attention(
+            query,
+            cache.keys,
+            cache.values,
+            chunk_tables,
+            starts,
+            chunk_lengths,
+            scale=SCALE,
+            window=window,
+            output=output,
+        )
+
+    for attend in (attend_decodes, attend_chunks)[:: 1 if decodes_first else -1]:
+        attend()
 
     expected = torch.zeros(query.shape, dtype=torch.float64)
     wide, plain = query.cpu().double(), cache.plain()

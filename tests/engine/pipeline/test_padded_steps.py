@@ -1,7 +1,7 @@
 """Padded steps draw the tokens that steps as large as their batches draw, from any bucket and any mix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,10 @@ from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
-from engine.padded_inputs import packed_step
 from engine.pipeline.capture import CaptureError, Captures
-from engine.pipeline.nano_batch import Cut, NanoBatch
-from engine.pipeline.plan_choice import PlanChoice
-from engine.pipeline.split_schedule import split_schedule
+from engine.pipeline.padded_inputs import packed_step
+from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket
 from engine.request import SamplingParams
-from engine.token_bucket import TokenBucket
 from engine.worker import Worker
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, answers, config_of, runner_of
@@ -123,8 +120,8 @@ def test_all_graphs_lie_in_one_pool() -> None:
         script.admit(0, PROMPTS[3], GREEDY)
         assert runner.launch(script.step(prefills=[(0, 3)])).wait().num_padding_tokens == 1
         assert runner.padded is not None
-        captured = runner.padded._captured
-        replays = {bucket.num_tokens: captured[bucket]._graph.num_replays for bucket in captured}  # type: ignore[attr-defined]
+        captured: dict[int, Any] = {size: step.run for size, step in runner.padded._whole.items()}
+        replays = {size: replay.__self__._graph.num_replays for size, replay in captured.items()}
         assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
 
 
@@ -147,11 +144,12 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception
 
 
 def test_steps_that_no_bucket_holds_run_as_large_as_they_are() -> None:
-    """More tokens than any bucket, more chunks than one has room for, and steps of a plan that cuts them."""
+    """More tokens than any bucket, and more chunks than one has room for."""
     config = config_of(Architecture.LLAMA)
     runner = padded_runner(config)
     assert runner.padded is not None
-    runner.padded.buckets = (TokenBucket(num_tokens=8, num_lanes=6, num_chunks=1),)
+    runner.padded._sizes = (8,)
+    runner.padded._whole[8].bucket = TokenBucket((PaddedNanoBatch(num_tokens=8, num_lanes=6, num_chunks=1),))
     script = BatchScript(NUM_BLOCKS, config.block_size)
     for row in (0, 1):
         script.admit(row, PROMPTS[3], GREEDY)
@@ -160,11 +158,8 @@ def test_steps_that_no_bucket_holds_run_as_large_as_they_are() -> None:
         padding.append(runner.launch(script.step(prefills=prefills)).wait().num_padding_tokens)
     script.admit(2, list(range(9)), GREEDY)
     padding.append(runner.launch(script.step(prefills=[(2, 9)])).wait().num_padding_tokens)
-    halves = (NanoBatch(num_decodes=1, num_prefills=0),) * 2
     padding.append(runner.launch(script.step(decodes=[2])).wait().num_padding_tokens)
-    runner.use(PlanChoice(split_schedule(runner.pipeline.graph, Cut(nano_batches=halves))), overlaps=False)
-    padding.append(runner.launch(script.step(decodes=[2])).wait().num_padding_tokens)
-    assert padding == [7, 0, 7, 0, 7, 0]
+    assert padding == [7, 0, 7, 0, 7]
 
 
 def test_padded_and_other_steps_follow_each_other() -> None:
@@ -187,9 +182,9 @@ def test_padded_and_other_steps_follow_each_other() -> None:
     assert answered[0] == answered[1]
 
 
-def test_what_travels_says_what_is_there_and_what_is_not() -> None:
-    bucket = TokenBucket(num_tokens=8, num_lanes=3, num_chunks=3)
-    batch = Batch(
+def batch_of_mixed() -> Batch:
+    """Two decodes, a prompt of three tokens and two more of another."""
+    return Batch(
         step=0,
         admissions=(),
         block_updates=np.zeros((0, 3), np.int32),
@@ -199,10 +194,46 @@ def test_what_travels_says_what_is_there_and_what_is_not() -> None:
         num_decodes=2,
         sampled=np.zeros(0, np.int32),
     )
-    packed = packed_step(bucket, batch, np.array([5, 2, 7, 7, 7, 1, 1]), np.array([9, 4, 0, 1, 2, 30, 31]))
-    rows, positions, lane_rows, lane_lengths, chunk_rows, starts, lengths = np.split(
-        packed, np.cumsum([8, 8, 3, 3, 3, 4])
+
+
+def packed(bucket: TokenBucket) -> tuple[list[int], list[list[int]]]:
+    """The rows of the tokens of `batch_of_mixed`, and what travels, section by section."""
+    batch = batch_of_mixed()
+    dealt = bucket.dealt(batch)
+    assert dealt is not None
+    integers, places = packed_step(
+        bucket, batch, dealt, np.array([5, 2, 7, 7, 7, 1, 1]), np.array([9, 4, 0, 1, 2, 30, 31])
     )
-    assert rows.tolist() == [5, 2, 7, 7, 7, 1, 1, 0] and positions.tolist() == [9, 4, 0, 1, 2, 30, 31, -1]
-    assert lane_rows.tolist() == [5, 2, 0] and lane_lengths.tolist() == [10, 5, 0]
-    assert chunk_rows.tolist() == [7, 1, 0] and starts.tolist() == [2, 5, 7, 7] and lengths.tolist() == [3, 32, 0]
+    sizes = [bucket.num_tokens] * 2
+    for each in bucket.nano_batches:
+        sizes += [each.num_lanes] * 2 + [each.num_chunks, each.num_chunks + 1, each.num_chunks]
+    return places.tolist(), [part.tolist() for part in np.split(integers, np.cumsum(sizes)[:-1])]
+
+
+def test_what_travels_says_what_is_there_and_what_is_not() -> None:
+    places, (rows, positions, lane_rows, lane_lengths, chunk_rows, starts, lengths) = packed(
+        TokenBucket((PaddedNanoBatch(num_tokens=8, num_lanes=3, num_chunks=3),))
+    )
+    assert places == [0, 1, 2, 3, 4, 5, 6]
+    assert rows == [5, 2, 7, 7, 7, 1, 1, 0] and positions == [9, 4, 0, 1, 2, 30, 31, -1]
+    assert lane_rows == [5, 2, 0] and lane_lengths == [10, 5, -1]
+    assert chunk_rows == [7, 1, 0] and starts == [2, 5, 7, 7] and lengths == [3, 32, 0]
+
+
+def test_each_nano_batch_is_told_its_own_and_a_chunk_can_lie_in_two() -> None:
+    """The prompt of three tokens: two of them in the first, and one that meets them in the second."""
+    bucket = TokenBucket(tuple(PaddedNanoBatch(num_tokens=num_rows, num_lanes=2, num_chunks=2) for num_rows in (3, 5)))
+    places, (rows, positions, *nano_batches) = packed(bucket)
+    assert places == [0, 3, 1, 2, 4, 5, 6]
+    assert rows == [5, 7, 7, 2, 7, 1, 1, 0] and positions == [9, 0, 1, 4, 2, 30, 31, -1]
+    assert nano_batches[:5] == [[5, 0], [10, -1], [7, 0], [1, 3, 3], [2, 0]]
+    assert nano_batches[5:] == [[2, 0], [5, -1], [7, 1], [1, 2, 4], [3, 32]]
+
+
+def test_lanes_where_no_chunk_can_be_get_zeros() -> None:
+    bucket = TokenBucket((PaddedNanoBatch(num_tokens=4, num_lanes=4, num_chunks=0),))
+    batch = replace(batch_of_mixed(), rows=np.array([5, 2], np.int32), starts=np.array([9, 4]), counts=np.array([1, 1]))
+    dealt = bucket.dealt(batch)
+    assert dealt is not None and bucket.dealt(batch_of_mixed()) is None
+    integers, _ = packed_step(bucket, batch, dealt, np.array([5, 2]), np.array([9, 4]))
+    assert integers.tolist()[12:16] == [10, 5, 0, 0]

@@ -1,0 +1,123 @@
+"""`PaddedSteps`: the few steps of fixed sizes that a rank serves by, as a CUDA graph each where there is CUDA.
+
+One graph serves every mix of decodes and chunks that its bucket holds: what differs is read on the device. There is one
+for every size, by the sequential schedule, and one for every size at which batches run by a plan. What has none of its
+plan, as that cannot be captured or holds another mix, runs sequentially: launched from Python, overlap would lose more
+than it gains.
+"""
+
+import logging
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.lanes import Lanes
+from engine.pipeline.nano_batch import Cut
+from engine.pipeline.padded_inputs import PaddedInputs
+from engine.pipeline.padded_layers import PaddedLayers, PaddedStep
+from engine.pipeline.padded_schedule import padded_schedule
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.schedule import Schedule, ScheduleError
+from engine.pipeline.token_bucket import token_sizes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedBatch:
+    """A batch `dealt` to the nano-batches of a step, which runs it by `schedule`."""
+
+    step: PaddedStep
+    dealt: Cut
+    schedule: Schedule
+
+
+class PaddedSteps:
+    """Sequential ones from the start; those of plans from `serve` on."""
+
+    def __init__(
+        self, layers: PaddedLayers, sequential: Schedule, max_batch_tokens: int, captures: Captures | None
+    ) -> None:
+        """Without `captures` they are launched operation by operation.
+
+        Raises `CaptureError` where the model waits for the device.
+        """
+        self._layers = layers
+        self._sequential = sequential
+        self._captures = captures
+        self._max_batch_tokens = max_batch_tokens
+        self._sizes = token_sizes(max_batch_tokens)
+        self._whole = {size: layers.sequential(size) for size in self._sizes}
+        self._planned: list[tuple[int, Schedule, PaddedStep]] = []
+        if captures is not None:
+            for size in reversed(self._sizes):  # the others fit into the memory of the largest
+                self._whole[size].capture(captures, layers.inputs)
+
+    @property
+    def inputs(self) -> PaddedInputs:
+        """To be filled before each run."""
+        return self._layers.inputs
+
+    @property
+    def num_planned(self) -> int:
+        """Steps by plans."""
+        return len(self._planned)
+
+    def serve(self, plans: PlanChoice, lanes: Lanes) -> None:
+        """Have steps of the plans instead of those of others, the largest first; those that cannot be had are told.
+
+        Where memory ends, no smaller one is tried.
+        """
+        self._planned = []
+        wanted = [each for each in plans.padded(self._max_batch_tokens) if each[0] != self._sequential]
+        for schedule, size, most_decodes in sorted(wanted, key=lambda each: -each[1]):
+            try:
+                step = self._layers.planned(schedule, size, most_decodes, lanes)
+                if self._captures is not None:
+                    step.capture(self._captures, self.inputs)
+            except ScheduleError as error:
+                _log.info("Batches of a plan that are padded to %d tokens run sequentially: %s", size, error)
+            except (CaptureError, torch.OutOfMemoryError) as error:
+                reason = str(error).splitlines()[0]
+                _log.warning("Batches of a plan that are padded to %d tokens run sequentially: %s", size, reason)
+                if isinstance(error, torch.OutOfMemoryError):
+                    return
+            else:
+                self._planned.append((size, schedule, step))
+
+    def keep_planned(self, count: int) -> None:
+        """Have the first so many steps by plans alone: what every rank of the group could have."""
+        del self._planned[count:]
+
+    def of(self, batch: Batch, schedule: Schedule) -> PaddedBatch | None:
+        """The step for a batch that is to run by a schedule, by that one if possible; None if it fits none."""
+        index = bisect_left(self._sizes, batch.num_tokens)
+        if index == len(self._sizes):
+            return None
+        size = self._sizes[index]
+        planned = ((step, by) for rows, by, step in self._planned if rows == size and by == schedule)
+        for step, by in (*planned, (self._whole[size], self._sequential)):
+            dealt = step.bucket.dealt(batch)
+            if dealt is not None:
+                return PaddedBatch(step=step, dealt=dealt, schedule=by)
+        return None
+
+
+def reserve_padded(config: EngineConfig, pipeline: Pipeline, plans: PlanChoice) -> None:
+    """Take the memory between operations that steps by plans will need, before others count what is free.
+
+    A step must have run before.
+    """
+    for schedule, size, most_decodes in plans.padded(config.max_batch_tokens):
+        if schedule != pipeline.sequential:
+            try:
+                padded = padded_schedule(schedule, pipeline.graph, size, most_decodes, config.max_sequences)
+                pipeline.check(padded.schedule)
+            except ScheduleError:
+                continue  # it is told when the steps are made
+            pipeline.reserve([padded.schedule], size)

@@ -1,0 +1,105 @@
+"""A trial times what would be served: padded steps where steps are padded, graphs where they can be captured."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.batch_shape import BatchShape
+from engine.config import EngineConfig
+from engine.model_config import Architecture
+from engine.pipeline.capture import CaptureError
+from engine.pipeline.nano_batch import Cut, NanoBatch
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.split_schedule import split_schedule
+from engine.pipeline.synthetic_step import synthetic_batch, synthetic_cache, synthetic_step
+from engine.pipeline.trial import MIN_ROUNDS, Contestant, Trial
+from engine.tensor_parallel import TensorParallel
+from tests.engine.gpu_case import DEVICE, config_of, random_model
+
+pytest.importorskip("triton")
+
+SHAPE = BatchShape(num_decodes=3, num_prefills=9, decode_context=8, prefill_context=4)
+
+
+class Replays:
+    """Stands in for `Captures`: every run is computed once, and counted when it is replayed."""
+
+    def __init__(self, *, refused: tuple[int, ...] = ()) -> None:
+        self.refused = refused
+        self.asked: list[str] = []
+        self.replayed: list[str] = []
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        name = run.func.__name__  # type: ignore[attr-defined]
+        self.asked.append(name)
+        if len(self.asked) - 1 in self.refused:
+            raise CaptureError("It waits.")
+        result = run()
+
+        def replay() -> Any:
+            self.replayed.append(name)
+            return result
+
+        return SimpleNamespace(replay=replay)
+
+
+def trial_of(config: EngineConfig, *, kernels: bool) -> tuple[Trial, Pipeline, list[Contestant]]:
+    pipeline = Pipeline(random_model(config, kernels=kernels), config.model.hidden_size)
+    halves = split_schedule(pipeline.graph, Cut((NanoBatch(1, 4), NanoBatch(2, 5))))
+    contestants = [Contestant(pipeline.sequential, False), Contestant(halves, True)]
+    return Trial(config, pipeline, TensorParallel()), pipeline, contestants
+
+
+def test_plans_and_the_baseline_are_the_graphs_that_would_be_served() -> None:
+    trial, _, contestants = trial_of(config_of(Architecture.LLAMA), kernels=True)
+    captures = Replays()
+    trial._captures = captures  # type: ignore[assignment]
+    timings = trial.run(contestants, SHAPE, 0.0)
+    assert [len(timing.rounds) for timing in timings] == [MIN_ROUNDS] * 2
+    assert captures.asked == ["_run_whole", "_run_cut"]
+    assert captures.replayed == ["_run_whole", "_run_cut"] * (MIN_ROUNDS + 1)
+
+
+def test_a_plan_that_would_not_be_served_gains_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither one that waits for the device nor one that has no place for the batch."""
+    trial, pipeline, contestants = trial_of(config_of(Architecture.LLAMA), kernels=True)
+    captures = Replays(refused=(1,))
+    trial._captures = captures  # type: ignore[assignment]
+    alone = split_schedule(pipeline.graph, Cut((NanoBatch(3, 0), NanoBatch(0, 9))))
+    trial.run([*contestants, Contestant(alone, True)], SHAPE, 0.0)
+    assert set(captures.replayed) == {"_run_whole"} and len(captures.replayed) == 3 * (MIN_ROUNDS + 1)
+    assert [record.message.partition(" has")[0] for record in caplog.records] == [
+        "A plan would not be run: It waits.",
+        "A plan would not be run: a nano-batch of 3 decodes and 0 prefill tokens, beside others with the other kind,",
+    ]
+
+
+@pytest.mark.parametrize("why", ["it waits", "plain torch", "too large"])
+def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(Architecture.LLAMA, max_batch_tokens=8 if why == "too large" else 40)
+    trial, pipeline, contestants = trial_of(config, kernels=why != "plain torch")
+    captures = Replays(refused=(0,))
+    trial._captures = captures  # type: ignore[assignment]
+    launched = []
+    run = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda *args: launched.append(args[1]) or run(*args))
+    trial.run(contestants, SHAPE, 0.0)
+    assert launched == [each.schedule for each in contestants] * (MIN_ROUNDS + 1)
+    assert captures.replayed == [] and len(captures.asked) == (why == "it waits")
+
+
+def test_a_batch_for_trials_is_the_step_that_layers_are_measured_on() -> None:
+    config = config_of(Architecture.LLAMA)
+    cache = synthetic_cache(config, 200, DEVICE)
+    batch, pool = synthetic_batch(SHAPE, config, cache, DEVICE)
+    step = synthetic_step(SHAPE, config.max_model_len, cache, DEVICE)
+    assert (batch.num_decodes, batch.num_tokens) == (step.num_decodes, len(step.tokens))
+    lengths = (batch.starts + batch.counts).tolist()
+    assert lengths == [*step.decode_lengths.tolist(), *step.prefill_context_lengths]
+    assert tuple(batch.counts[3:].tolist()) == step.prefill_chunk_sizes
+    assert torch.equal(pool.block_tables[:3, : step.decode_block_tables.shape[1]], step.decode_block_tables)
+    assert torch.equal(pool.block_tables[3:, : step.prefill_block_tables.shape[1]], step.prefill_block_tables)
+    assert pool.tokens.unique().numel() > 50
