@@ -215,6 +215,7 @@ def _prefill(
         scale=attention.scale,
         window=attention.window,
         output=output.view(query_QHd.shape),
+        num_ctas=units.grant.most_programs,
     )
     return output
 

@@ -11,6 +11,7 @@ each layer of Llama-3-8B at 350 TFLOP/s. The choices follow from that:
 - The grid follows from Q and P alone: each sequence has its tiles and one to spare, so a tile finds its sequence by
   counting starts. Tiles of late sequences and late tokens, which have the longest contexts, come first; the heads of a
   tile follow each other and meet the same blocks of keys in L2.
+- With `num_ctas` so many programs walk over the tiles in the same order, and leave the other SMs to what runs beside.
 - Keys and values arrive in shared memory (cp.async) while the previous tile is multiplied; products are wgmma, the
   weights stay in registers.
 
@@ -34,6 +35,7 @@ from engine.kernels.gpu.attention_arguments import check_attention
 from engine.kernels.gpu.dot import dot
 from engine.kernels.gpu.fp8_cache import widened
 from engine.kernels.gpu.prefill_config import PrefillConfig, packed_heads, prefill_config
+from engine.kernels.gpu.row_launch import limited
 
 # Smaller than any score, yet finite: the difference of two of them is a number.
 _LOWEST = tl.constexpr(-1.0e30)
@@ -54,9 +56,10 @@ def prefill_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     output: Tensor | None = None,
+    num_ctas: int | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
-    """[Q, H, d] of the queries' dtype.
+    """[Q, H, d] of the queries' dtype, by a program for each tile, or by at most `num_ctas`.
 
     Chunk i is the queries from `query_starts_P1[i]` up to `query_starts_P1[i + 1]`, the last tokens of the
     `context_lengths_P[i]` that are cached of its sequence. Chunks may be empty. Queries behind the last chunk give
@@ -84,7 +87,12 @@ def prefill_attention(
         return output
     num_tiles = num_tokens // (config.rows // num_packed) + num_sequences + 1
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    attend_chunks[(num_heads // num_packed, num_tiles)](
+    num_columns = num_heads // num_packed
+    num_programs = limited(num_columns * num_tiles, num_ctas)
+    kernel, grid = attend_chunks, (num_columns, num_tiles)
+    if num_programs < num_columns * num_tiles:
+        kernel, grid = attend_chunks_limited, (num_programs,)
+    kernel[grid](
         query_QHd,
         keys,
         values,
@@ -99,6 +107,7 @@ def prefill_attention(
         block_tables_PB.stride(0),
         num_tokens,
         num_sequences,
+        num_tiles,
         0 if window is None else window,
         HAS_WINDOW=window is not None,
         NUM_KV_HEADS=num_kv_heads,
@@ -128,18 +137,102 @@ def prefill_flops(
     return 4 * num_heads * head_dim * num_pairs
 
 
-@triton.jit(
-    do_not_specialize=[
-        "block_tables",
-        "query_starts",
-        "context_lengths",
-        "table_stride",
-        "num_tokens",
-        "num_sequences",
-        "window",
-    ]
-)
+_NOT_SPECIALISED = [
+    "block_tables",
+    "query_starts",
+    "context_lengths",
+    "table_stride",
+    "num_tokens",
+    "num_sequences",
+    "num_tiles",
+    "window",
+]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
 def attend_chunks(
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    block_tables: tl.tensor,
+    query_starts: tl.tensor,
+    context_lengths: tl.tensor,
+    output: tl.tensor,
+    score_scale: tl.tensor,
+    value_scale: tl.tensor,
+    query_stride: tl.tensor,
+    output_stride: tl.tensor,
+    table_stride: tl.tensor,
+    num_tokens: tl.tensor,
+    num_sequences: tl.tensor,
+    num_tiles: tl.tensor,
+    window: tl.tensor,
+    HAS_WINDOW: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCH: tl.constexpr,
+) -> None:
+    """A program for each tile."""
+    first_head = tl.program_id(0) * PACKED
+    number = num_tiles - 1 - tl.program_id(1)
+    _attend_rows(
+        first_head, number, query, keys, values, block_tables, query_starts, context_lengths, output, score_scale,
+        value_scale, query_stride, output_stride, table_stride, num_tokens, num_sequences, window, HAS_WINDOW,
+        NUM_KV_HEADS, GROUP, PACKED, HEAD_DIM, WIDTH, BLOCK_SIZE, ROWS, TILE, SEARCH,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def attend_chunks_limited(
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    block_tables: tl.tensor,
+    query_starts: tl.tensor,
+    context_lengths: tl.tensor,
+    output: tl.tensor,
+    score_scale: tl.tensor,
+    value_scale: tl.tensor,
+    query_stride: tl.tensor,
+    output_stride: tl.tensor,
+    table_stride: tl.tensor,
+    num_tokens: tl.tensor,
+    num_sequences: tl.tensor,
+    num_tiles: tl.tensor,
+    window: tl.tensor,
+    HAS_WINDOW: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCH: tl.constexpr,
+) -> None:
+    """Programs that take one tile after the other, in the order in which `attend_chunks` launches them."""
+    NUM_COLUMNS: tl.constexpr = NUM_KV_HEADS * GROUP // PACKED
+    for index in range(tl.program_id(0), num_tiles * NUM_COLUMNS, tl.num_programs(0)):
+        first_head = index % NUM_COLUMNS * PACKED
+        number = num_tiles - 1 - index // NUM_COLUMNS
+        _attend_rows(
+            first_head, number, query, keys, values, block_tables, query_starts, context_lengths, output, score_scale,
+            value_scale, query_stride, output_stride, table_stride, num_tokens, num_sequences, window, HAS_WINDOW,
+            NUM_KV_HEADS, GROUP, PACKED, HEAD_DIM, WIDTH, BLOCK_SIZE, ROWS, TILE, SEARCH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_rows(
+    first_head: tl.tensor,
+    number: tl.tensor,
     query: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
@@ -167,8 +260,6 @@ def attend_chunks(
     SEARCH: tl.constexpr,
 ) -> None:
     """One tile: some queries of one sequence, with some heads that share a KV head."""
-    first_head = tl.program_id(0) * PACKED
-    number = tl.num_programs(1) - 1 - tl.program_id(1)
     QUERIES: tl.constexpr = ROWS // PACKED
     sequence, start = _sequence_of(number, query_starts, num_sequences, QUERIES, SEARCH)
     first_query = (number - start // QUERIES - sequence) * QUERIES
