@@ -113,14 +113,14 @@ class StreamLanes:
         if self._grants is None:
             return {}
         steps = {(dispatch.placed.lane, dispatch.placed.step.share) for dispatch in order}
-        if mechanism is not Mechanism.STREAMS:
+        if mechanism is not Mechanism.STREAMS and mechanism not in self._refused:
             memory_share = next((share for lane, share in steps if lane is Lane.MEMORY), ALL_UNITS // 2)
             reason = self._grants.refusal(mechanism, units, memory_share)
             if reason is not None:
-                if mechanism not in self._refused:
-                    _log.warning("Lanes overlap by %s, not by %s: %s", Mechanism.STREAMS, mechanism, reason)
+                _log.warning("Lanes overlap by %s, not by %s: %s", Mechanism.STREAMS, mechanism, reason)
                 self._refused.add(mechanism)
-                mechanism = Mechanism.STREAMS
+        if mechanism in self._refused:
+            mechanism = Mechanism.STREAMS
         return {step: self._grants.of(mechanism, *step) for step in steps}
 
     def _launch(
