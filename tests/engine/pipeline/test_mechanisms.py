@@ -13,6 +13,7 @@ import torch
 
 from engine import gpu_operations
 from engine.batch_shape import BatchShape
+from engine.layers.linear import ColumnParallelLinear
 from engine.model_config import Architecture
 from engine.pipeline import green_partition
 from engine.pipeline.capture import Captures
@@ -24,6 +25,7 @@ from engine.pipeline.stream_lanes import StreamLanes
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
 from engine.pipeline.values import Values
 from engine.step_inputs import StepInputs
+from engine.tensor_parallel import TensorParallel
 from engine.units_at_hand import UnitGrant, UnitsAtHand
 from tests.engine.gpu_case import config_of, random_model
 from tests.engine.pipeline.deferred_cuda import DEVICE, DeferredCuda, DeferredStream, deferred_cuda, recorded_graphs
@@ -229,3 +231,31 @@ def test_a_refused_mechanism_is_told_once_and_lanes_are_streams(
     num_ctas = {Mechanism.GREEN: 8, Mechanism.CORESIDENT: 2 * NUM_UNITS}[mechanism]
     assert {(stream, took[0]) for stream, _, took in launches.of["decode_attention"]} == {("high", num_ctas)}
     assert "gemm" not in launches.of
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_outputs", [32, 24])
+def test_a_product_in_fp8_leaves_room_too_where_its_columns_let_it(num_outputs: int) -> None:
+    """24 columns would spill registers, so the library computes them."""
+    torch.manual_seed(0)
+    linear, units = ColumnParallelLinear(64, num_outputs, TensorParallel()), UnitsAtHand(NUM_UNITS)
+    linear.use_fp8()
+    linear.weight.copy_(torch.randn(num_outputs, 64))
+    assert linear.weight_scale is not None
+    linear.weight_scale.fill_(0.5)
+    hidden = torch.randn(7, 64, dtype=torch.bfloat16)
+    expected = linear(hidden)
+    sizes: list[int] = []
+    real = gpu_operations.scaled_gemm
+
+    def noted(*operands: Any, **options: Any) -> torch.Tensor:
+        sizes.append(options["config"].num_stages)
+        return real(*operands, **options)
+
+    output = torch.empty_like(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_operations, "scaled_gemm", noted)
+        with units.granted(UnitGrant(num_units=NUM_UNITS, is_apart=False, has_guest=True)):
+            gpu_operations._multiply(linear, units, hidden, output=output)
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+    assert sizes == ([3] if num_outputs == 32 else [])

@@ -6,14 +6,18 @@ import pytest
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
-from engine.model_config import Architecture
+from engine.model_config import Architecture, DType
+from engine.model_shapes import model_shape
 from engine.operation import TokenKind
 from engine.pipeline.cost_model import CostModel, Mode
+from engine.pipeline.devices import data_sheet
 from engine.pipeline.mechanism_plans import plans_by_mechanism
 from engine.pipeline.overlap_costs import OverlapCosts
 from engine.pipeline.overlap_profile import Interference, OverlapProfile
 from engine.pipeline.placement import GPU_LANES, lane_of
 from engine.pipeline.plan import Plan
+from engine.pipeline.plan_report import PlanReport
+from engine.pipeline.plan_request import PlanRequest
 from engine.pipeline.planner import plan
 from engine.pipeline.profile import MeasuredCosts, NodeProfile, Profile, Sample
 from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism, Schedule
@@ -106,9 +110,11 @@ def test_a_node_has_what_its_lane_has_whatever_share_is_asked_for() -> None:
 
 def test_the_best_of_every_mechanism_is_a_schedule_that_it_can_run() -> None:
     def search(costs: CostModel, seconds: float) -> Plan:
+        """What has no shares to divide is solved in less than a second; no test waits for the end of the other."""
+        seconds = 0.1 if costs.shares_units else seconds
         return plan(GRAPH, costs, SHAPE, num_layers=8, seconds=seconds, workers=1, token_multiple=256)
 
-    plans = plans_by_mechanism(COSTS, SHAPE, search, 1.5)
+    plans = plans_by_mechanism(COSTS, SHAPE, search, 20.0)
     assert len({found.sequential.step_seconds for found in plans}) == 1
     assert len(plans) == 1 + len(Mechanism)  # what a search of all shares finds in so little time is anybody's guess
     for found, mechanism in zip(plans[1:], Mechanism, strict=True):
@@ -133,3 +139,26 @@ def test_a_mechanism_that_was_not_measured_is_refused() -> None:
     assert bare.profile.mechanisms == (Mechanism.STREAMS,)
     with pytest.raises(ConfigError, match="nothing measured of lanes that overlap by green; it has streams"):
         OverlapCosts.of(Mechanism.GREEN, bare, SHAPE)
+
+
+def test_a_request_is_planned_by_the_mechanism_that_it_names() -> None:
+    request = PlanRequest(
+        name="llama-3-8b",
+        model=model_shape("llama-3-8b"),
+        device=data_sheet("a100-80gb"),
+        num_devices=1,
+        num_tokens=1024,
+        num_prompt_tokens=512,
+        num_output_tokens=512,
+        dtype=DType.BFLOAT16,
+        profile=COSTS.profile,
+        mechanism=Mechanism.GREEN,
+    )
+    report = PlanReport(request, request.answer(20.0))  # it is solved in less than one
+    assert report.plan.schedule.mechanism is Mechanism.GREEN and report.plan.speedup > 1
+    assert max(event.end for event in report.timeline.events) == pytest.approx(report.plan.best.step_seconds)
+    streams = replace(request, mechanism=Mechanism.STREAMS)
+    sequential = sum(streams.price(node.name) for node in request.traced.graph.nodes)
+    assert report.plan.sequential.step_seconds == pytest.approx(sequential)
+    with pytest.raises(ConfigError, match="must have been measured: plan from a profile"):
+        replace(request, profile=None).answer(1.0)
