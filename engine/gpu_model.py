@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.models.decoder import Decoder
+from engine.units_at_hand import UnitsAtHand
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -37,8 +38,29 @@ def use_gpu_kernels(model: Decoder, config: EngineConfig, device: torch.device, 
 
     is_gpu = device.type == "cuda"
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else _INTERPRETED_SMS
-    compute_with_kernels(model, num_sms)
+    compute_with_kernels(model, UnitsAtHand(num_sms, no_guests(config)))
     return True
+
+
+def no_guests(config: EngineConfig) -> str | None:
+    """Why products and decode attention cannot be on the same execution units; None where they can."""
+    from engine.kernels.gpu.decode_config import CORESIDENT, CORESIDENT_BYTES, padded_rows
+
+    model, element_bytes = config.model, config.dtype.num_bytes
+    if element_bytes != 2:
+        return f"kernels that leave room for each other compute in 16 bits, not in {config.dtype.value}"
+    shared = CORESIDENT.shared_bytes(
+        head_dim=model.head_dim,
+        rows=padded_rows(model.num_heads // model.num_kv_heads),
+        cache_bytes=config.cache_format.num_bytes,
+        query_bytes=element_bytes,
+    )
+    if shared > CORESIDENT_BYTES:
+        return (
+            f"beside a product, attention to heads of {model.head_dim} elements would take {shared // 1024} KiB of "
+            f"shared memory, where {CORESIDENT_BYTES // 1024} are left"
+        )
+    return None
 
 
 def unsupported(config: EngineConfig) -> str | None:

@@ -1,8 +1,8 @@
 """The operations of a model, computed by `engine.kernels.gpu`: for each kind a function of an operation and its inputs.
 
 They equal the operations' own `forward`; `output`, where given, takes the result. None of them waits for the device,
-and what they launch depends on shapes and bounds that the host knows, so all can be captured. Imported where Triton is.
-`num_sms` are the execution units of the device.
+and what they launch depends on shapes, on bounds that the host knows and on the execution units at hand, so all can be
+captured. Imported where Triton is.
 """
 
 from functools import partial
@@ -10,68 +10,111 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.kernels.gpu import decode_config as decode_configs
+from engine.kernels.gpu import gemm_config as gemm_configs
 from engine.kernels.gpu.activation import silu_mul
 from engine.kernels.gpu.decode_attention import decode_attention
-from engine.kernels.gpu.decode_config import decode_config
 from engine.kernels.gpu.decode_plan import DecodeScratch
 from engine.kernels.gpu.embedding import embedding
+from engine.kernels.gpu.gemm import gemm, is_loadable
 from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
 from engine.kernels.gpu.norm import add_rms_norm, rms_norm
 from engine.kernels.gpu.planned_draw import draw_planned
 from engine.kernels.gpu.prefill_attention import prefill_attention
+from engine.kernels.gpu.quantise import quantise_rows
 from engine.kernels.gpu.rotary import rotate_and_write
+from engine.kernels.gpu.scaled_gemm import scaled_gemm
 from engine.layers.activation import SiluAndMul
 from engine.layers.attention import DecodeAttention, PrefillAttention, RotaryAndKVWrite
 from engine.layers.embedding import EmbeddingShard
+from engine.layers.linear import Linear
 from engine.layers.mixture_of_experts import GroupedExperts
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder
 from engine.step_inputs import StepInputs
+from engine.units_at_hand import UnitGrant, UnitsAtHand
 
-# Programs of decode attention on a unit: one's products hide behind the other's loads.
+# Programs of decode attention on a unit that is its own: one's products hide behind the other's loads.
 _DECODE_CTAS = 2
+# Products of so many columns are worth a kernel of our own beside attention; others spill registers in it.
+_COLUMN_MULTIPLE = 16
 
 
-def compute_with_kernels(model: Decoder, num_sms: int) -> None:
-    """Have the kernels compute every operation of the model that they can, and draw its tokens."""
+def compute_with_kernels(model: Decoder, units: UnitsAtHand) -> None:
+    """Have the kernels compute every operation of the model that they can, and draw its tokens.
+
+    From then on they take the units that are at hand when they are launched, which whoever runs the model may limit.
+    """
+    model.units = units
     for module in model.modules():
         match module:
             case RMSNorm():
-                module.computed_by(partial(_norm, module))
-                module.of_sum = partial(_norm_of_sum, module)
+                module.computed_by(partial(_norm, module, units))
+                module.of_sum = partial(_norm_of_sum, module, units)
             case SiluAndMul():
-                module.computed_by(_gate)
+                module.computed_by(partial(_gate, units))
             case EmbeddingShard():
-                module.computed_by(partial(_embed, module))
+                module.computed_by(partial(_embed, module, units))
             case RotaryAndKVWrite():
-                module.computed_by(partial(_rotate, module))
+                module.computed_by(partial(_rotate, module, units))
             case DecodeAttention():
-                module.computed_by(partial(_decode, module, num_sms))
+                module.computed_by(partial(_decode, module, units))
             case PrefillAttention():
-                module.computed_by(partial(_prefill, module))
+                module.computed_by(partial(_prefill, module, units))
             case GroupedExperts() if module.gate_up_proj_scale is None:  # the kernels take no scales
-                module.computed_by(partial(_experts, module, num_sms))
+                module.computed_by(partial(_experts, module, units))
+            case Linear():
+                module.computed_by(partial(_multiply, module, units))
     model.lm_head.draw = draw_planned
 
 
-def _norm(norm: RMSNorm, hidden_TE: Tensor, *, output: Tensor | None = None) -> Tensor:
-    return rms_norm(hidden_TE, norm.weight, norm.epsilon, output)
+def _multiply(linear: Linear, units: UnitsAtHand, input_TI: Tensor, *, output: Tensor | None = None) -> Tensor:
+    """By the operation itself, which asks the library; where attention is to run on the same units, by a kernel whose
+    programs leave room for its.
+    """
+    if units.grant.has_guest and _leaves_room(linear, input_TI):
+        num_sms, config = units.grant.num_units, gemm_configs.CORESIDENT
+        if linear.weight_scale is None:
+            return gemm(
+                input_TI, linear.weight, num_sms=num_sms, bias_N=linear.bias, output=output, config=config
+            )  # fmt: skip
+        return scaled_gemm(
+            *quantise_rows(input_TI), linear.weight, linear.weight_scale, bias_N=linear.bias, output=output,
+            output_dtype=input_TI.dtype, num_sms=num_sms, config=config,
+        )  # fmt: skip
+    if output is None:
+        product: Tensor = type(linear).forward(linear, input_TI)
+        return product
+    type(linear).into(linear, output, input_TI)
+    return output
 
 
-def _norm_of_sum(norm: RMSNorm, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
-    sum_TE = torch.empty_like(residual_TE)
-    return add_rms_norm(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE)
+def _leaves_room(linear: Linear, input_TI: Tensor) -> bool:
+    """Whether the kernel takes these operands."""
+    weight_OI = linear.weight
+    return len(weight_OI) % _COLUMN_MULTIPLE == 0 and is_loadable(weight_OI) and is_loadable(input_TI)
 
 
-def _gate(gate_up_TF: Tensor, *, output: Tensor | None = None) -> Tensor:
-    return silu_mul(gate_up_TF, output)
+def _norm(norm: RMSNorm, units: UnitsAtHand, hidden_TE: Tensor, *, output: Tensor | None = None) -> Tensor:
+    return rms_norm(hidden_TE, norm.weight, norm.epsilon, output, num_ctas=units.grant.most_programs)
 
 
-def _embed(shard: EmbeddingShard, step: StepInputs, *, output: Tensor | None = None) -> Tensor:
-    return embedding(step.tokens, shard.weight, shard.first, output)
+def _norm_of_sum(norm: RMSNorm, units: UnitsAtHand, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
+    sum_TE, num_ctas = torch.empty_like(residual_TE), units.grant.most_programs
+    return add_rms_norm(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE, num_ctas=num_ctas)
 
 
-def _rotate(rotary: RotaryAndKVWrite, qkv_TF: Tensor, step: StepInputs, *, output: Tensor | None = None) -> Tensor:
+def _gate(units: UnitsAtHand, gate_up_TF: Tensor, *, output: Tensor | None = None) -> Tensor:
+    return silu_mul(gate_up_TF, output, num_ctas=units.grant.most_programs)
+
+
+def _embed(shard: EmbeddingShard, units: UnitsAtHand, step: StepInputs, *, output: Tensor | None = None) -> Tensor:
+    return embedding(step.tokens, shard.weight, shard.first, output, num_ctas=units.grant.most_programs)
+
+
+def _rotate(
+    rotary: RotaryAndKVWrite, units: UnitsAtHand, qkv_TF: Tensor, step: StepInputs, *, output: Tensor | None = None
+) -> Tensor:
     q_norm, k_norm = rotary.q_norm, rotary.k_norm
     return rotate_and_write(
         qkv_TF,
@@ -84,11 +127,12 @@ def _rotate(rotary: RotaryAndKVWrite, qkv_TF: Tensor, step: StepInputs, *, outpu
         k_weight=None if k_norm is None else k_norm.weight,
         epsilon=0.0 if q_norm is None else q_norm.epsilon,
         query_THd=output,
+        num_ctas=units.grant.most_programs,
     )
 
 
 def _decode(
-    attention: DecodeAttention, num_sms: int, query_THd: Tensor, step: StepInputs, *, output: Tensor | None = None
+    attention: DecodeAttention, units: UnitsAtHand, query_THd: Tensor, step: StepInputs, *, output: Tensor | None = None
 ) -> Tensor:
     """In a padded step all that attention writes to, of which the lanes are written."""
     query_DHd = query_THd[: step.num_decodes]
@@ -98,26 +142,21 @@ def _decode(
     if num_rows == 0:
         return output
     keys, values = step.kv_cache.layer(attention.layer)
-    num_kv_heads, block_size, head_dim = keys.shape[1:]
-    group_size, num_ctas = query_DHd.shape[1] // num_kv_heads, _DECODE_CTAS * num_sms
-    config = decode_config(
-        head_dim=head_dim,
-        group_size=group_size,
-        cache_bytes=keys.element_size(),
-        query_bytes=query_DHd.element_size(),
-        num_ctas=num_ctas,
-        num_sms=num_sms,
-    )
-    scratch = step.decode_plans.get(attention.window)
+    grant = units.grant
+    num_ctas = _DECODE_CTAS * grant.num_units if grant.is_apart else grant.num_units
+    config = _decode_config(query_DHd, keys, grant, num_ctas)
+    # A plan says which tiles there are, whoever walks them: steps with other grants go by the same one.
+    key = (attention.window, config.tile)
+    scratch = step.decode_plans.get(key)
     is_planned = scratch is not None
     if scratch is None:
-        scratch = step.decode_plans[attention.window] = DecodeScratch.allocate(
+        scratch = step.decode_plans[key] = DecodeScratch.allocate(
             max_rows=num_rows,
             max_blocks=step.decode_block_tables.shape[1],
-            block_size=block_size,
-            group_size=group_size,
-            head_dim=head_dim,
-            max_ctas=num_ctas,
+            block_size=keys.shape[2],
+            group_size=query_DHd.shape[1] // keys.shape[1],
+            head_dim=keys.shape[3],
+            max_ctas=_DECODE_CTAS * units.total,
             tile=config.tile,
             device=query_DHd.device,
         )
@@ -129,7 +168,7 @@ def _decode(
         step.decode_lengths,
         scale=attention.scale,
         num_ctas=num_ctas,
-        num_sms=num_sms,
+        num_sms=grant.num_units,
         scratch=scratch,
         window=attention.window,
         output=output[:num_rows].view(query_DHd.shape),
@@ -139,8 +178,26 @@ def _decode(
     return output
 
 
+def _decode_config(query_DHd: Tensor, keys: Tensor, grant: UnitGrant, num_ctas: int) -> decode_configs.DecodeConfig:
+    if grant.has_guest:
+        return decode_configs.CORESIDENT
+    return decode_configs.decode_config(
+        head_dim=keys.shape[3],
+        group_size=query_DHd.shape[1] // keys.shape[1],
+        cache_bytes=keys.element_size(),
+        query_bytes=query_DHd.element_size(),
+        num_ctas=num_ctas,
+        num_sms=grant.num_units,
+    )
+
+
 def _prefill(
-    attention: PrefillAttention, query_THd: Tensor, step: StepInputs, *, output: Tensor | None = None
+    attention: PrefillAttention,
+    units: UnitsAtHand,
+    query_THd: Tensor,
+    step: StepInputs,
+    *,
+    output: Tensor | None = None,
 ) -> Tensor:
     """In a padded step all that attention writes to, of which everything behind the decodes is written."""
     query_QHd = query_THd if step.attention is not None else query_THd[step.num_decodes :]
@@ -158,6 +215,7 @@ def _prefill(
         scale=attention.scale,
         window=attention.window,
         output=output.view(query_QHd.shape),
+        num_ctas=units.grant.most_programs,
     )
     return output
 
@@ -172,7 +230,7 @@ def _chunks(step: StepInputs) -> tuple[Tensor, Tensor]:
 
 def _experts(
     experts: GroupedExperts,
-    num_sms: int,
+    units: UnitsAtHand,
     hidden_TE: Tensor,
     router_logits_TX: Tensor,
     *,
@@ -186,6 +244,6 @@ def _experts(
         experts.num_experts_per_token,
         normalise=experts.normalise,
         round_scores=experts.round_scores,
-        num_sms=num_sms,
+        num_sms=units.grant.num_units,
         output=output,
     )

@@ -39,7 +39,8 @@ class StepInputs:
     them at less cost than all at once does. `prefill_plans`, by sliding window: the first layer to need one makes it.
 
     For kernels that read lengths on the device: `prefill_starts` [P + 1], the chunks' first places among the Q tokens
-    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`.
+    and the end of the last, and `prefill_lengths` [P], the context lengths; `decode_plans` as `prefill_plans`, by
+    window and tile.
 
     In a padded step, whose shapes are larger than its batch (see `engine.pipeline.padded_inputs`), `num_decodes` counts
     lanes. Rows without a token have the position and the slot -1. Any row that is not a decode's may be a chunk's, so
@@ -63,5 +64,5 @@ class StepInputs:
     prefill_plans: dict[int | None, PrefillPlan] = field(default_factory=dict, compare=False, repr=False)
     prefill_starts: Tensor | None = None
     prefill_lengths: Tensor | None = None
-    decode_plans: "dict[int | None, DecodeScratch]" = field(default_factory=dict, compare=False, repr=False)
+    decode_plans: "dict[tuple[int | None, int], DecodeScratch]" = field(default_factory=dict, compare=False, repr=False)
     attention: Tensor | None = None

@@ -12,6 +12,7 @@ from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
 from engine.model_shapes import MODEL_SHAPES, model_shape
 from engine.pipeline.devices import CPU, DATA_SHEETS, DeviceSpec, data_sheet
+from engine.pipeline.schedule import Mechanism
 from engine.pipeline.unit_sharing import SharingName
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def plan(
             "--gather", help="Consider gathering before attention's projection, too; the engine reduces after it."
         ),
     ] = False,
+    overlap: Annotated[
+        Mechanism, typer.Option(help="What lanes overlap by; streams excepted, the profile must have measured it.")
+    ] = Mechanism.STREAMS,
     dtype: Annotated[DType | None, typer.Option(help="Number format (default: the model's).")] = None,
     network: Annotated[
         float | None, typer.Option(min=0.001, help="Gigabytes per second that a device sends (default: what is known).")
@@ -92,6 +96,7 @@ def plan(
         profile=None if profile is None else Profile.read(profile),
         sharing=sharing,
         considers_gather=gather,
+        mechanism=overlap,
     )
     with _SearchBar(seconds) as bar:
         report = PlanReport(request, request.answer(seconds, bar.show))

@@ -78,7 +78,8 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
     from engine.pipeline.plan_store import PlanStore
     from engine.pipeline.profiler import QUICK, THOROUGH, Profiler
 
-    program, config = worker.runner.pipeline.program, worker.config
+    pipeline, config = worker.runner.pipeline, worker.config
+    program = pipeline.program
     fingerprint = fingerprint_of(config, program.graph.signature, worker.tensor_parallel)
     profiler = Profiler(
         program,
@@ -87,6 +88,7 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
         torch.device(config.device.value),
         fingerprint,
         replace(QUICK if seconds < THOROUGH_SECONDS else THOROUGH, seconds=seconds),
+        pipeline.units,
     )
     if path is not None:
         refuse_another_profile(path, fingerprint)

@@ -13,10 +13,14 @@ from engine.layers.norm import RMSNorm
 from engine.model_config import ModelConfig
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
+from engine.units_at_hand import UnitsAtHand
 
 
 class Decoder(nn.Module):
     """Embedding, decoder layers, final norm; the head is a separate call, for the few tokens that are sampled."""
+
+    # Of the kernels that compute it, where some do that ask.
+    units: UnitsAtHand | None = None
 
     def __init__(self, config: ModelConfig, tensor_parallel: TensorParallel, layers: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -1,18 +1,19 @@
 """`ExecutionUnits`: the execution units (SMs) of a CUDA device, and how a share of them is granted to kernels.
 
-The grant is a setting of torch that libraries read when a kernel is launched, so a captured graph keeps it. Who reads
-it: products of matrices by cublasLt, torch's scaled and grouped ones, and FlashAttention 3. Plain cuBLAS, NCCL and
-every other kernel do not, so whoever wants shares to count must have called
-`torch.backends.cuda.preferred_blas_library("cublaslt")`. Nothing is reserved: the units that a kernel leaves are free
-for whatever else is ready.
+A grant reaches kernels in two ways, both read when a kernel is launched, so that a captured graph keeps them. Our own
+ask `UnitsAtHand`. Libraries read a setting of torch: products of matrices by cublasLt, torch's scaled and grouped ones,
+and FlashAttention 3. Plain cuBLAS, NCCL and every other kernel do not, so whoever wants shares to count must have
+called `torch.backends.cuda.preferred_blas_library("cublaslt")`. Nothing is reserved: the units that a kernel leaves are
+free for whatever else is ready.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from engine.pipeline.schedule import ALL_UNITS
+from engine.units_at_hand import UnitGrant, UnitsAtHand
 
 # Hopper's units are handed out in clusters; a partition has a multiple of eight, and at least eight.
 _GRANULE = 8
@@ -37,18 +38,22 @@ class ExecutionUnits:
         units = min(max(1, rounded) * _GRANULE, self.total)
         return units if tenths == smaller else max(_GRANULE, self.total - units)
 
-    def share(self, tenths: int) -> AbstractContextManager[None]:
-        """What is launched inside gets so many tenths; afterwards everything gets all units again.
+    def share(self, tenths: int) -> UnitGrant:
+        """So many tenths of the units, wherever they are; all of them are apart from others, as there are none."""
+        return UnitGrant(num_units=self.granted(tenths), is_apart=tenths == ALL_UNITS)
 
-        The setting belongs to the process: only one thread may launch.
+    @contextmanager
+    def launching(self, grant: UnitGrant, at_hand: UnitsAtHand | None = None) -> Iterator[None]:
+        """What is launched inside has this grant, kernels that ask `at_hand` included; afterwards all units again.
+
+        The library's setting belongs to the process: only one thread may launch.
         """
-        return nullcontext() if tenths == ALL_UNITS else _spared(self.total - self.granted(tenths))
-
-
-@contextmanager
-def _spared(num_units: int) -> Iterator[None]:
-    torch._C._set_sm_carveout_experimental(num_units)
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(None)
+        with nullcontext() if at_hand is None else at_hand.granted(grant):
+            if grant.num_units == self.total:
+                yield
+                return
+            torch._C._set_sm_carveout_experimental(self.total - grant.num_units)
+            try:
+                yield
+            finally:
+                torch._C._set_sm_carveout_experimental(None)

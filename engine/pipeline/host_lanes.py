@@ -13,9 +13,10 @@ from engine.layers.collective import CollectiveOperation
 from engine.pipeline.dispatch import Dispatch
 from engine.pipeline.flight import Flight
 from engine.pipeline.layer_program import BoundNode, LayerProgram
-from engine.pipeline.schedule import Lane
+from engine.pipeline.schedule import Lane, Mechanism
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.values import Values
+from engine.units_at_hand import UnitsAtHand
 
 
 class HostLanes:
@@ -56,8 +57,13 @@ class HostLanes:
         programs: Sequence[LayerProgram],
         values: Values,
         stopwatch: Stopwatch,
+        mechanism: Mechanism = Mechanism.STREAMS,
+        units: UnitsAtHand | None = None,
     ) -> None:
-        """Run every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer."""
+        """Run every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer.
+
+        Whatever computes has all cores, so neither a mechanism nor units say anything here.
+        """
         flights: deque[tuple[int, Flight]] = deque()
         for place, (placed, layer, waits) in enumerate(order):
             awaited = [wait for wait in waits if order[wait].placed.lane is Lane.NETWORK]

@@ -11,9 +11,11 @@ from engine.pipeline.dispatch import Dispatch
 from engine.pipeline.flight import Flight
 from engine.pipeline.host_lanes import HostLanes
 from engine.pipeline.layer_program import LayerProgram
+from engine.pipeline.schedule import Mechanism
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.stream_lanes import StreamLanes
 from engine.pipeline.values import Values
+from engine.units_at_hand import UnitsAtHand
 
 
 class Lanes(Protocol):
@@ -45,10 +47,13 @@ class Lanes(Protocol):
         programs: Sequence[LayerProgram],
         values: Values,
         stopwatch: Stopwatch,
+        mechanism: Mechanism = Mechanism.STREAMS,
+        units: UnitsAtHand | None = None,
     ) -> None:
         """Run every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer.
 
-        On return the results are there for what the calling thread computes next.
+        On return the results are there for what the calling thread computes next. `mechanism` is the schedule's, and
+        `units` are what the model's kernels ask for how many they may take, where some do.
         """
         ...
 

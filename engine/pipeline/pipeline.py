@@ -35,6 +35,7 @@ from engine.pipeline.tracer import TracedLayer, trace_layer
 from engine.pipeline.values import Values
 from engine.pipeline.verify import verify
 from engine.step_inputs import StepInputs
+from engine.units_at_hand import UnitsAtHand
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Pipeline:
     def __init__(self, model: Decoder, hidden_size: int) -> None:
         traced = [trace_layer(layer, hidden_size) for layer in model.layers]
         self._embedding = model.embed_tokens
+        self._model = model
         self._runs = [
             _Run(group[0], tuple(map(LayerProgram.of, group)))
             for group in (list(layers) for _, layers in groupby(traced, key=lambda layer: layer.graph.signature))
@@ -67,6 +69,11 @@ class Pipeline:
     def graph(self) -> OperationGraph:
         """What schedules are made for."""
         return self.traced.graph
+
+    @property
+    def units(self) -> UnitsAtHand | None:
+        """What the model's kernels ask for how many they may take, where some do."""
+        return self._model.units
 
     @property
     def program(self) -> LayerProgram:
@@ -150,7 +157,8 @@ class Pipeline:
             plan = schedule if self._is_planned(run) else others[run.traced.graph.signature]
             ranges = _ranges(plan, cut)
             values = self._values(run, plan, parts, hidden_TE, arriving)
-            lanes.run(self._order_of(run, plan), ranges, run.programs, values, stopwatch)
+            order = self._order_of(run, plan)
+            lanes.run(order, ranges, run.programs, values, stopwatch, plan.mechanism, self.units)
             hidden_TE = values.of_layer(run.traced.graph.output, len(run.programs) - 1)
         return hidden_TE
 

@@ -43,7 +43,8 @@ class PlanReport:
     def timeline(self) -> Timeline:
         """The predicted step."""
         request = self.request
-        simulator = Simulator(self.plan.schedule, request.traced.graph, request.costs, request.shape)
+        costs = request.costs_of(self.plan.schedule)
+        simulator = Simulator(self.plan.schedule, request.traced.graph, costs, request.shape)
         return simulator.timeline(self.plan.num_layers, self.title)
 
     @property

@@ -12,14 +12,18 @@ from engine.operation import Resource
 from engine.pipeline.collective_placement import with_gather_branch
 from engine.pipeline.cost_model import CostModel, Mode
 from engine.pipeline.devices import CPU, DeviceSpec
+from engine.pipeline.mechanism_plans import plan_by
 from engine.pipeline.operation_table import OperationTable, operation_table
+from engine.pipeline.overlap_costs import OverlapCosts
 from engine.pipeline.placement import CPU_LANES, GPU_LANES
 from engine.pipeline.plan import Plan, SearchState
 from engine.pipeline.planned_model import trace_planned_layer
 from engine.pipeline.planner import plan
 from engine.pipeline.profile import MeasuredCosts, NodeProfile, Profile
 from engine.pipeline.roofline import RooflineCosts
-from engine.pipeline.schedule import Lane
+from engine.pipeline.schedule import Lane, Mechanism, Schedule
+from engine.pipeline.search import Problem
+from engine.pipeline.sequential import sequential_schedule
 from engine.pipeline.tracer import TracedLayer
 from engine.pipeline.unit_sharing import SHARINGS, SharingName
 
@@ -32,7 +36,8 @@ class PlanRequest:
 
     `profile` None: prices are estimated from `device`. `sharing` None: shares and speeds are those of the profile or
     else of the device. With `considers_gather` the planner may gather before attention's projection instead of reducing
-    after it, which the engine does not run. Raises `ConfigError` for a profile of another layer or number format.
+    after it, which the engine does not run. `mechanism`: what lanes overlap by; any other than streams wants a profile
+    that has it. Raises `ConfigError` for a profile of another layer or number format.
     """
 
     name: str
@@ -46,6 +51,7 @@ class PlanRequest:
     profile: Profile | None = None
     sharing: SharingName | None = None
     considers_gather: bool = False
+    mechanism: Mechanism = Mechanism.STREAMS
 
     @property
     def shape(self) -> BatchShape:
@@ -82,9 +88,14 @@ class PlanRequest:
 
     @cached_property
     def costs(self) -> CostModel:
-        """The prices that the planner is given."""
+        """The prices of operations; where the mechanism is another than streams, those of the sequential schedule."""
         if self.sharing not in (None, SharingName.NONE) and self.lanes is CPU_LANES:
             raise ConfigError("The operations of a CPU do not divide its units: leave out the table of shares.")
+        if self.mechanism is not Mechanism.STREAMS and (self.profile is None or self.sharing is not None):
+            raise ConfigError(
+                f"How fast operations are where lanes overlap by {self.mechanism} must have been measured: plan from a "
+                "profile, without a table of shares."
+            )
         if self.profile is None:
             device = replace(self.device, sharing=None) if self.sharing is SharingName.NONE else self.device
             table = None if self.sharing is None else SHARINGS[self.sharing]
@@ -127,16 +138,38 @@ class PlanRequest:
     def answer(self, seconds: float, progress: Callable[[SearchState], None] = lambda state: None) -> Plan:
         """Search for about so long. Raises `ConfigError` where OR-tools is not installed."""
         assert self.table.rows  # what the device cannot do is refused here, before the search
-        return plan(
-            self.traced.graph,
-            self.costs,
-            self.shape,
-            num_layers=self.num_layers,
-            lanes=self.lanes,
-            seconds=seconds,
-            token_multiple=min(_TOKEN_MULTIPLE, -(-self.num_tokens // _NANO_BATCH_SIZES)),
-            progress=progress,
-        )
+
+        def search(costs: CostModel) -> Plan:
+            return plan(
+                self.traced.graph,
+                costs,
+                self.shape,
+                num_layers=self.num_layers,
+                lanes=self.lanes,
+                seconds=seconds,
+                token_multiple=min(_TOKEN_MULTIPLE, -(-self.num_tokens // _NANO_BATCH_SIZES)),
+                progress=progress,
+            )
+
+        if self._overlap_costs is None:
+            return search(self.costs)
+        schedule = sequential_schedule(self.traced.graph, round(self.shape.num_decodes), round(self.shape.num_prefills))
+        sequential = Problem(self.traced.graph, self.costs, self.shape, self.num_layers, self.lanes).candidate(schedule)
+        return plan_by(self._overlap_costs, search, sequential)
+
+    def costs_of(self, schedule: Schedule) -> CostModel:
+        """The prices that predicted a schedule of the answer."""
+        overlap = self._overlap_costs
+        return self.costs if overlap is None or schedule.mechanism is not self.mechanism else overlap
+
+    @cached_property
+    def _overlap_costs(self) -> OverlapCosts | None:
+        if self.mechanism is Mechanism.STREAMS:
+            return None
+        assert isinstance(self.costs, MeasuredCosts)
+        if self.lanes is CPU_LANES:
+            raise ConfigError(f"Lanes of a CPU do not overlap by {self.mechanism}: name the device that was profiled.")
+        return OverlapCosts.of(self.mechanism, self.costs, self.shape)
 
     def _shared(self, profile: Profile) -> Profile:
         """The profile with the speeds of another table, or without any loss by sharing."""

@@ -4,17 +4,20 @@
      "nodes": {"qkv_proj": {"samples": [{"num_decodes": 0, "num_prefills": 512, "decode_context": 0,
                                          "prefill_context": 0, "seconds": 0.0012}, ...],
                             "modes": [{"share": 4, "speed": 0.5}, {"share": 10, "speed": 1}]}, ...},
-     "interference": [{"node": "o_proj", "beside": "all_reduce", "speed": 0.8}, ...]}
+     "interference": [{"node": "o_proj", "beside": "all_reduce", "speed": 0.8}, ...],
+     "overlap": {"green": {...}, ...}}
 
 `seconds` are alone on the device with all of its units. A mode's `speed` is relative to that with `share` tenths of
 the execution units; an empty list means that shares mean nothing here. An interference's `speed` is that of `node`
 while `beside` runs; either may be a resource (compute, memory, network), which stands for all its nodes not listed.
+Modes and interference are of lanes that overlap by streams; `overlap`, which may be left out, has those of other
+mechanisms (`overlap_profile`).
 """
 
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,10 +29,19 @@ from engine.pipeline.cost_law import CostLaw, LawSample, fit_law
 from engine.pipeline.cost_model import Mode
 from engine.pipeline.graph import Node, OperationGraph
 from engine.pipeline.json_value import JsonValue, json_number
-from engine.pipeline.schedule import ALL_UNITS
+from engine.pipeline.overlap_profile import (
+    Interference,
+    OverlapProfile,
+    interference_text,
+    modes_text,
+    parsed_interference,
+    parsed_modes,
+)
+from engine.pipeline.schedule import ALL_UNITS, Mechanism
 
 FORMAT = 1
 _KEYS = ("format", "fingerprint", "source", "layer", "element_bytes", "nodes", "interference")
+_OVERLAP_KEY = "overlap"
 _SAMPLE_KEYS = ("num_decodes", "num_prefills", "decode_context", "prefill_context", "seconds")
 
 
@@ -49,15 +61,6 @@ class NodeProfile:
     modes: tuple[Mode, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Interference:
-    """`node` runs at `speed` times its speed alone while `beside` runs; both are names of nodes or of resources."""
-
-    node: str
-    beside: str
-    speed: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """One file. `Profile.parse(str(profile)) == profile`."""
@@ -68,6 +71,7 @@ class Profile:
     layer: str | None = None
     nodes: Mapping[str, NodeProfile] = field(default_factory=dict)
     interference: tuple[Interference, ...] = ()
+    overlap: Mapping[Mechanism, OverlapProfile] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str, where: str = "profile") -> "Profile":
@@ -82,37 +86,72 @@ class Profile:
     @classmethod
     def of(cls, value: JsonValue) -> "Profile":
         """Check a value of a JSON file; raises `ConfigError` that says where it is wrong."""
-        entries = value.object(_KEYS)
+        has_overlap = isinstance(value.value, dict) and _OVERLAP_KEY in value.value
+        entries = value.object((*_KEYS, _OVERLAP_KEY) if has_overlap else _KEYS)
         entries["format"].integer(FORMAT, FORMAT)
         layer = entries["layer"]
-        interference = tuple(_interference(item) for item in entries["interference"].items())
-        pairs = [(item.node, item.beside) for item in interference]
-        for index, pair in enumerate(pairs):
-            if pair in pairs[:index]:
-                raise ConfigError(f"{entries['interference'].where}[{index}] repeats {pair[0]} beside {pair[1]}.")
+        overlap = entries[_OVERLAP_KEY].entries() if has_overlap else {}
+        for name in overlap.keys() - {*Mechanism} | overlap.keys() & {Mechanism.STREAMS}:
+            entries[_OVERLAP_KEY].refuse(f"of the mechanisms {Mechanism.GREEN} and {Mechanism.CORESIDENT}, not {name}")
         return cls(
             fingerprint={key: text.text() for key, text in entries["fingerprint"].entries().items()},
             source=entries["source"].text(),
             element_bytes=entries["element_bytes"].integer(1),
             layer=None if layer.value is None else layer.text(),
             nodes={name: _node_profile(node) for name, node in entries["nodes"].entries().items()},
-            interference=interference,
+            interference=parsed_interference(entries["interference"]),
+            overlap={Mechanism(name): OverlapProfile.of(found) for name, found in overlap.items()},
         )
 
     def __str__(self) -> str:
         nodes = ",\n".join(f"  {json.dumps(name)}: {_node_text(node)}" for name, node in self.nodes.items())
-        pairs = ",\n".join(
-            f'  {{"node": {json.dumps(pair.node)}, "beside": {json.dumps(pair.beside)}, '
-            f'"speed": {json_number(pair.speed)}}}'
-            for pair in self.interference
-        )
+        overlap = ",\n".join(f" {json.dumps(str(mechanism))}: {found}" for mechanism, found in self.overlap.items())
         return (
             f'{{\n"format": {FORMAT},\n'
             f'"fingerprint": {json.dumps(dict(self.fingerprint), indent=1)},\n'
             f'"source": {json.dumps(self.source)},\n"layer": {json.dumps(self.layer)},\n'
             f'"element_bytes": {self.element_bytes},\n'
-            f'"nodes": {{\n{nodes}\n}},\n"interference": [\n{pairs}\n]\n}}\n'
+            f'"nodes": {{\n{nodes}\n}},\n"interference": [\n{interference_text(self.interference)}\n]'
+            + (f',\n"{_OVERLAP_KEY}": {{\n{overlap}\n}}' if overlap else "")
+            + "\n}\n"
         )
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """What lanes can overlap by as far as was measured; on a CPU there is nothing else than streams."""
+        return (Mechanism.STREAMS, *self.overlap)
+
+    def by(self, mechanism: Mechanism) -> "Profile":
+        """With the modes and the interference of lanes that overlap by this mechanism.
+
+        Pairs that were not measured so, those with collectives, are as by streams. Raises `ConfigError` for a mechanism
+        that was not measured.
+        """
+        if mechanism is Mechanism.STREAMS:
+            return self
+        if mechanism not in self.overlap:
+            raise ConfigError(
+                f"The profile ({self.source}) has nothing measured of lanes that overlap by {mechanism}; it has"
+                f" {', '.join(self.mechanisms)}. Profile again where the device and the kernels can do it."
+            )
+        found = self.overlap[mechanism]
+        nodes = {name: NodeProfile(node.samples, found.modes.get(name, ())) for name, node in self.nodes.items()}
+        measured = {(pair.node, pair.beside) for pair in found.interference}
+        others = (pair for pair in self.interference if (pair.node, pair.beside) not in measured)
+        return replace(self, nodes=nodes, interference=(*found.interference, *others), overlap={})
+
+    def with_overlap(
+        self,
+        mechanism: Mechanism,
+        modes: Mapping[str, tuple[Mode, ...]] | None = None,
+        interference: tuple[Interference, ...] = (),
+    ) -> "Profile":
+        """With more that was measured of a mechanism other than streams."""
+        before = self.overlap.get(mechanism, OverlapProfile())
+        found = OverlapProfile(
+            modes={**before.modes, **(modes or {})}, interference=(*before.interference, *interference)
+        )
+        return replace(self, overlap={**self.overlap, mechanism: found})
 
     def write(self, path: Path) -> None:
         """Replace the file at once, so that a reader sees the old or the new one; makes its folder if need be."""
@@ -221,15 +260,7 @@ def _node_profile(value: JsonValue) -> NodeProfile:
     samples = tuple(_sample(item) for item in entries["samples"].items())
     if not samples:
         entries["samples"].refuse("a list of at least one sample")
-    modes: list[Mode] = []
-    for item in entries["modes"].items():
-        fields = item.object(("share", "speed"))
-        modes.append(Mode(fields["share"].integer(1, ALL_UNITS), fields["speed"].number(is_positive=True)))
-        if len(modes) > 1 and modes[-1].share <= modes[-2].share:
-            fields["share"].refuse(f"above the share before it, {modes[-2].share}")
-    if modes and modes[-1].share != ALL_UNITS:
-        entries["modes"].refuse(f"a list that ends with the share of all units, {ALL_UNITS}")
-    return NodeProfile(samples, tuple(modes))
+    return NodeProfile(samples, parsed_modes(entries["modes"]))
 
 
 def _sample(value: JsonValue) -> Sample:
@@ -242,18 +273,12 @@ def _sample(value: JsonValue) -> Sample:
     return sample
 
 
-def _interference(value: JsonValue) -> Interference:
-    fields = value.object(("node", "beside", "speed"))
-    return Interference(fields["node"].text(), fields["beside"].text(), fields["speed"].number(is_positive=True))
-
-
 def _node_text(node: NodeProfile) -> str:
     samples = ",\n".join(
         "    {" + ", ".join(f'"{key}": {json_number(float(number))}' for key, number in _numbers(sample)) + "}"
         for sample in node.samples
     )
-    modes = ", ".join(f'{{"share": {mode.share}, "speed": {json_number(mode.speed)}}}' for mode in node.modes)
-    return f'{{"samples": [\n{samples}],\n   "modes": [{modes}]}}'
+    return f'{{"samples": [\n{samples}],\n   "modes": {modes_text(node.modes)}}}'
 
 
 def _numbers(sample: Sample) -> Iterator[tuple[str, float]]:

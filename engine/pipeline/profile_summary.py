@@ -20,9 +20,25 @@ def profile_summary(profile: Profile) -> str:
     parts += [
         "\n".join([_line("milliseconds for tokens:", list(map(str, sizes))), *lines]) for sizes, lines in tables.items()
     ]
-    if profile.interference:
-        parts.append("\n".join(["speed beside another, of that alone:", *_pairs(profile)]))
+    for mechanism in profile.mechanisms:
+        parts += _by_mechanism(profile.by(mechanism), "" if len(profile.mechanisms) == 1 else f", by {mechanism}")
     return "\n\n".join(parts)
+
+
+def _by_mechanism(profile: Profile, mechanism: str) -> list[str]:
+    """Speeds with a share of the units, and beside others."""
+    parts = []
+    shared = {name: node.modes for name, node in profile.nodes.items() if node.modes}
+    if shared:
+        shares = sorted({mode.share for modes in shared.values() for mode in modes})
+        lines = [_line(f"speed by tenths{mechanism}:", list(map(str, shares)))]
+        for name, modes in shared.items():
+            speeds = {mode.share: f"{100 * mode.speed:.0f} %" for mode in modes}
+            lines.append(_line(name, [speeds.get(share, "") for share in shares]))
+        parts.append("\n".join(lines))
+    if profile.interference:
+        parts.append("\n".join([f"speed beside another, of that alone{mechanism}:", *_pairs(profile)]))
+    return parts
 
 
 def _by_context(node: NodeProfile) -> Mapping[float, list[Sample]]:

@@ -1,16 +1,18 @@
 """The profiler measures the operations of a traced layer on this device with these libraries, as the runtime runs them.
 
 Every node alone over a grid of tokens and contexts, then in pairs: the network beside whatever computes and, on a GPU,
-compute beside memory too. Repetitions go round the grid so that a disturbance hits all points alike; a point counts
-with its median. All ranks measure the same things in the same order and agree on every number, so that they end with
-the same profile: the slowest rank's time, and for a collective the time of the rank that entered it last.
+compute beside memory too. There nodes also run alone with a share of the execution units, and nodes and pairs do so by
+every mechanism that lanes can overlap by (`granted_loads`). Repetitions go round the grid so that a disturbance hits
+all points alike; a point counts with its median. All ranks measure the same things in the same order and agree on every
+number, so that they end with the same profile: the slowest rank's time, and for a collective the time of the rank that
+entered it last.
 """
 
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,15 +27,19 @@ from engine.operation import Resource, TokenKind
 from engine.pipeline.atomic_file import read_file
 from engine.pipeline.cost_model import Mode
 from engine.pipeline.fingerprint import Fingerprint, differences
+from engine.pipeline.granted_loads import PAIRED_SHARE, GrantedLoads, measured_shares, shares_of
 from engine.pipeline.graph import Node
 from engine.pipeline.layer_bench import LayerBench
 from engine.pipeline.layer_program import LayerProgram
-from engine.pipeline.profile import Interference, NodeProfile, Profile, Sample
+from engine.pipeline.pairing import Pairing, pairings
+from engine.pipeline.placement import GPU_LANES, lane_of
+from engine.pipeline.profile import NodeProfile, Profile, Sample
 from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
-from engine.pipeline.schedule import ALL_UNITS
+from engine.pipeline.schedule import ALL_UNITS, Mechanism
 from engine.pipeline.synthetic_step import synthetic_cache
 from engine.pipeline.timer import CudaTimer, HostTimer, Load, Timer
 from engine.tensor_parallel import TensorParallel
+from engine.units_at_hand import UnitsAtHand
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ _MAX_COLLECTIVES = 8
 _LONGEST_CONTEXT = 4096
 # Nothing is sped up by company, and nothing stands still for it; what was measured beyond is noise.
 _SLOWEST, _FASTEST = 0.05, 1.0
+# A collective's library takes few units, and as many whatever a schedule says.
+_COLLECTIVE_MODES = (Mode(1, 1.0), Mode(ALL_UNITS, 1.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +78,7 @@ THOROUGH = ProfileGrid(
 class Profiler:
     """Profiles one layer of this rank's model. Every rank of the group makes one and calls `profile` with the others.
 
-    `unit_streams`: on a GPU, streams that own so many tenths of the execution units, to measure shares with.
+    `units`: what the model's kernels ask for how many they may take, where some do.
     """
 
     def __init__(
@@ -81,13 +89,13 @@ class Profiler:
         device: torch.device,
         fingerprint: Fingerprint,
         grid: ProfileGrid = QUICK,
-        unit_streams: Mapping[int, torch.cuda.Stream] | None = None,
+        units: UnitsAtHand | None = None,
     ) -> None:
         self._program, self._traced = program, program.traced
         self._config = config
         self._device = device
         self._grid = grid
-        self._unit_streams = dict(sorted((unit_streams or {}).items()))
+        self._granted = GrantedLoads(device, units) if device.type == "cuda" else None
         self._ranks = RankAgreement(tensor_parallel, device)
         self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
         self._benches: dict[tuple[BatchShape, str], LayerBench] = {}
@@ -111,22 +119,22 @@ class Profiler:
         self._path = path
         stored = self._stored(path)
         if stored is not None:
-            self._done = replace(self._done, nodes=stored.nodes, interference=stored.interference)
+            self._done = replace(
+                self._done, nodes=stored.nodes, interference=stored.interference, overlap=stored.overlap
+            )
         nodes, pairs = self._traced.graph.nodes, self._pairs
         total = len(nodes) + len(pairs)
         budget = self._grid.seconds / total
         for index, node in enumerate(nodes):
             if not self._is_profiled(node):
-                measured = self._node_profile(node, budget)
-                self._keep(replace(self._done, nodes={**self._done.nodes, node.name: measured}), must_write)
+                self._keep(self._with_node(node, budget), must_write)
             if progress is not None:
                 progress(index + 1, total)
-        for index, (node, others) in enumerate(pairs):
-            missing = [other for other in others if not self._is_paired(node, other)]
+        for index, pairing in enumerate(pairs):
+            missing = pairing.missing_in(self._done)
             if missing:
-                speeds = self._pair_speeds(node, missing[0], budget)
-                found = tuple(_interference(node, other, speeds) for other in missing)
-                self._keep(replace(self._done, interference=sum(found, self._done.interference)), must_write)
+                speeds = self._pair_speeds(pairing.node, missing[0], budget, pairing.mechanism)
+                self._keep(pairing.added_to(self._done, missing, speeds), must_write)
             if progress is not None:
                 progress(len(nodes) + index + 1, total)
         self._benches.clear()
@@ -137,29 +145,21 @@ class Profiler:
         found = self._stored(path)
         if found is None:
             return None
-        pairs = {(node.name, other.name) for node, others in self._pairs for other in others}
-        is_finished = pairs <= {(pair.node, pair.beside) for pair in found.interference}
+        is_finished = not any(pairing.missing_in(found) for pairing in self._pairs)
         return found if is_finished and {node.name for node in self._traced.graph.nodes} <= set(found.nodes) else None
 
     @cached_property
-    def _pairs(self) -> tuple[tuple[Node, tuple[Node, ...]], ...]:
-        """(node, nodes of another resource that cost alike): of those that cost alike, one is measured for all."""
-        alike: dict[tuple[Resource, str], list[Node]] = {}
-        for node in self._traced.graph.nodes:
-            name = repr([call.signature for call in node.calls]) if node.resource is Resource.NETWORK else node.name
-            alike.setdefault((node.resource, name), []).append(node)
-        partners = [nodes for (resource, _), nodes in alike.items() if resource is Resource.NETWORK]
-        pairs = [
-            (node, tuple(nodes))
-            for node in self._traced.graph.nodes
-            if node.resource is not Resource.NETWORK
-            for nodes in partners
-        ]
-        if self._device.type == "cuda":
-            memory = [node for node in self._traced.graph.nodes if node.resource is Resource.MEMORY]
-            computing = [node for node in self._traced.graph.nodes if node.resource is Resource.COMPUTE]
-            pairs += [(node, (other,)) for node in computing for other in memory]
-        return tuple(pairs)
+    def _mechanisms(self) -> tuple[Mechanism, ...]:
+        """What lanes can overlap by on every rank's device; none on a CPU, where units are not divided."""
+        if self._granted is None:
+            return ()
+        offered = self._granted.offered()
+        agreed = self._ranks.smallest([float(is_offered) for is_offered in offered.values()])
+        return tuple(mechanism for mechanism, is_offered in zip(offered, agreed, strict=True) if is_offered)
+
+    @cached_property
+    def _pairs(self) -> tuple[Pairing, ...]:
+        return tuple(pairings(self._traced.graph, self._mechanisms))
 
     def _stored(self, path: Path | None) -> Profile | None:
         """What the file holds, if rank 0 finds one of this fingerprint there."""
@@ -197,11 +197,13 @@ class Profiler:
 
     def _is_profiled(self, node: Node) -> bool:
         found = self._done.nodes.get(node.name)
+        if found is None:
+            return False
+        has_modes = all(
+            each in self._done.mechanisms and self._done.by(each).nodes[node.name].modes for each in self._mechanisms
+        )
         wanted = {_recorded(node, shape) for shape in self._shapes(node)}
-        return found is not None and wanted <= {sample.shape for sample in found.samples}
-
-    def _is_paired(self, node: Node, other: Node) -> bool:
-        return (node.name, other.name) in {(pair.node, pair.beside) for pair in self._done.interference}
+        return has_modes and wanted <= {sample.shape for sample in found.samples}
 
     def _shapes(self, node: Node) -> list[BatchShape]:
         """The points of the grid for a node: sizes, and contexts where it reads the cache."""
@@ -216,17 +218,21 @@ class Profiler:
             for size in sizes
         ]
 
-    def _node_profile(self, node: Node, budget: float) -> NodeProfile:
+    def _with_node(self, node: Node, budget: float) -> Profile:
+        """What is known, with what this node takes."""
         shapes = self._shapes(node)
         loads = [self._load(node, shape) for shape in shapes]
         seconds = self._medians(loads, budget, is_network=node.resource is Resource.NETWORK)
         samples = tuple(Sample(_recorded(node, shape), second) for shape, second in zip(shapes, seconds, strict=True))
-        modes = tuple(self._modes(loads[-1])) if node.resource is not Resource.NETWORK else ()
-        if not node.cache_reads:
-            return NodeProfile(samples, modes)
-        for key in [key for key in self._benches if key[1] == node.name]:
-            del self._benches[key]
-        return NodeProfile(samples, modes)
+        modes = self._modes(node, loads[-1]) if self._mechanisms else {}
+        measured = NodeProfile(samples, modes.pop(Mechanism.STREAMS, ()))
+        profile = replace(self._done, nodes={**self._done.nodes, node.name: measured})
+        for mechanism, found in modes.items():
+            profile = profile.with_overlap(mechanism, modes={node.name: found})
+        if node.cache_reads:
+            for key in [key for key in self._benches if key[1] == node.name]:
+                del self._benches[key]
+        return profile
 
     def _load(self, node: Node, shape: BatchShape) -> Load:
         """The node on the tokens of `shape`: those of all kinds on a part of one large batch, attention on its own."""
@@ -277,21 +283,28 @@ class Profiler:
             self._ranks.meet()
         return self._timer.seconds(load)
 
-    def _modes(self, load: Load) -> Iterator[Mode]:
-        """The speed of the load with each share of the units, relative to all of them."""
-        if not isinstance(self._timer, CudaTimer) or not self._unit_streams:
-            return
-        samples: dict[int, list[float]] = {share: [] for share in (*self._unit_streams, ALL_UNITS)}
+    def _modes(self, node: Node, load: Load) -> dict[Mechanism, tuple[Mode, ...]]:
+        """The speeds of the load with a share of the units by each mechanism, relative to all of them."""
+        if node.resource is Resource.NETWORK or self._granted is None:
+            return dict.fromkeys(self._mechanisms, _COLLECTIVE_MODES)
+        lane = lane_of(node, GPU_LANES)
+        points = [(mechanism, share) for mechanism in self._mechanisms for share in measured_shares(mechanism, lane)]
+        loads = [load, *(self._granted.load(load, mechanism, lane, share) for mechanism, share in points)]
+        samples: list[list[float]] = [[] for _ in loads]
         for _ in range(2 * _MIN_ROUNDS):
-            for share, found in samples.items():
-                found.append(self._timer.seconds(load, self._unit_streams.get(share)))
-        seconds = self._ranks.largest([statistics.median(found) for found in samples.values()])
-        for share, second in sorted(zip(samples, seconds, strict=True)):
-            yield Mode(share, min(_FASTEST, seconds[-1] / second) if share < ALL_UNITS else 1.0)
+            for each, found in zip(loads, samples, strict=True):
+                found.append(self._timer.seconds(each))
+        whole, *seconds = self._ranks.largest([statistics.median(found) for found in samples])
+        modes: dict[Mechanism, dict[int, Mode]] = {each: {ALL_UNITS: Mode(ALL_UNITS, 1.0)} for each in self._mechanisms}
+        for (mechanism, share), second in zip(points, seconds, strict=True):
+            modes[mechanism][share] = Mode(share, min(_FASTEST, whole / second))
+        return {each: tuple(found[share] for share in sorted(found)) for each, found in modes.items()}
 
-    def _pair_speeds(self, node: Node, other: Node, budget: float) -> tuple[float, float]:
+    def _pair_speeds(
+        self, node: Node, other: Node, budget: float, mechanism: Mechanism = Mechanism.STREAMS
+    ) -> tuple[float, float]:
         """Speeds of both while the other runs, relative to alone, for half a batch of each."""
-        first, second = (self._load(each, self._half_shape(each)) for each in (node, other))
+        first, second = (self._pair_load(each, mechanism, beside) for each, beside in ((node, other), (other, node)))
         for load in (first, second):
             load.run()
         estimates = [self._once(first, is_network=True), self._once(second, is_network=True)]
@@ -311,6 +324,14 @@ class Profiler:
                 found.append(speed)
         first_speed, second_speed = self._ranks.smallest([statistics.median(found) for found in speeds])
         return first_speed, second_speed
+
+    def _pair_load(self, node: Node, mechanism: Mechanism, beside: Node) -> Load:
+        """What runs the node once beside the other; on a GPU two nodes that divide its units do it by their shares."""
+        load = self._load(node, self._half_shape(node))
+        if self._granted is None or Resource.NETWORK in (node.resource, beside.resource):
+            return load
+        lane = lane_of(node, GPU_LANES)
+        return self._granted.load(load, mechanism, lane, shares_of(mechanism, PAIRED_SHARE)[lane])
 
     def _half_shape(self, node: Node) -> BatchShape:
         """The shape of the node's grid nearest to half a dense batch, with the shortest context."""
@@ -332,10 +353,6 @@ def overlapped_speeds(alone: tuple[float, float], together: tuple[float, float])
 def _written(profile: Profile, path: Path) -> str:
     profile.write(path)
     return str(path)
-
-
-def _interference(node: Node, other: Node, speeds: tuple[float, float]) -> tuple[Interference, Interference]:
-    return Interference(node.name, other.name, speeds[0]), Interference(other.name, node.name, speeds[1])
 
 
 def _num_rounds(budget: float, seconds: float) -> int:

@@ -20,9 +20,12 @@ from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.pipeline.bucket import Bucket, buckets
 from engine.pipeline.contest import Contest, Tried
+from engine.pipeline.cost_model import CostModel
 from engine.pipeline.fingerprint import fingerprint_of
+from engine.pipeline.mechanism_plans import plans_by_mechanism
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
+from engine.pipeline.plan import Plan
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore, shipped_directory
 from engine.pipeline.profile import MeasuredCosts, Profile
@@ -44,6 +47,8 @@ _NETWORK_SHARE_SECONDS = 1.0
 SURE_GAIN = 0.15
 _CONFIRMING_ROUNDS = 8
 _NUM_CANDIDATES = 3
+# Where lanes can overlap by several mechanisms, of each.
+_NUM_CANDIDATES_EACH = 2
 _PLANNING_SHARE = 0.4
 Progress = Callable[[str], None]
 
@@ -174,9 +179,8 @@ class Selector:
         return finished
 
     def _profiler(self, grid: ProfileGrid) -> Profiler:
-        return Profiler(
-            self._pipeline.program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid
-        )
+        program, units = self._pipeline.program, self._pipeline.units
+        return Profiler(program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid, units)
 
     def plan(self, profile: Profile, effort: Effort, started: float, begun: PlanSet | None = None) -> PlanSet:
         """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something.
@@ -271,23 +275,27 @@ class Selector:
         """Rank 0's part: [seconds, [[schedule, seconds], ...]] as JSON."""
         from engine.pipeline.planner import plan
 
-        planned = plan(
-            self._pipeline.graph,
-            costs,
-            shape,
-            num_layers=self._config.model.num_layers,
-            lanes=self._lanes,
-            seconds=seconds,
-            workers=self._config.threads_per_rank,
-            token_multiple=max(16, round(shape.num_tokens / 16)),
-            num_candidates=_NUM_CANDIDATES,
-        )
-        worth = (1 - least_gain) * planned.sequential.step_seconds
-        candidates = [candidate for candidate in planned.candidates if candidate.step_seconds <= worth]
+        def search(prices: CostModel, seconds: float) -> Plan:
+            return plan(
+                self._pipeline.graph,
+                prices,
+                shape,
+                num_layers=self._config.model.num_layers,
+                lanes=self._lanes,
+                seconds=seconds,
+                workers=self._config.threads_per_rank,
+                token_multiple=max(16, round(shape.num_tokens / 16)),
+                num_candidates=_NUM_CANDIDATES,
+            )
+
+        plans = plans_by_mechanism(costs, shape, search, seconds)
+        sequential = plans[0].sequential.step_seconds
+        count = _NUM_CANDIDATES if len(plans) == 1 else _NUM_CANDIDATES_EACH
+        best = [candidate for planned in plans for candidate in planned.candidates[:count]]
+        candidates = [candidate for candidate in best if candidate.step_seconds <= (1 - least_gain) * sequential]
         for candidate in candidates:
             self._pipeline.check(candidate.schedule)
-        found = [(str(candidate.schedule), candidate.step_seconds) for candidate in candidates]
-        return json.dumps([planned.sequential.step_seconds, found])
+        return json.dumps([sequential, [(str(each.schedule), each.step_seconds) for each in candidates]])
 
     def _saved(self, profile: Profile, plans: list[SelectedPlan], is_complete: bool) -> PlanSet:
         chosen = PlanSet(

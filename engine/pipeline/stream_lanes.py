@@ -1,7 +1,7 @@
-"""`StreamLanes`: the lanes of a CUDA device: the compute lane is the current stream, the others run on side streams.
+"""`StreamLanes`: the lanes of a CUDA device, each on a stream: of its own, or the current one (the compute lane's).
 
-A step waits for events of other lanes and for nothing else, the host never waits, and the side streams branch off the
-current one at the start and join it at the end, so that a run can be captured into a graph.
+A step waits for events of other lanes and for nothing else, the host never waits, and the streams of lanes branch off
+the current one at the start and join it at the end, so that a run can be captured into a graph.
 
 Why memory is safe without `record_stream`. Values that cross lanes lie in the pipeline's arena, and the inputs of
 the step and their parts (views, made without allocating) were there before the streams branched off: all of it
@@ -10,10 +10,11 @@ step, so torch's allocator hands their memory on within the stream that used it,
 of the graph's own pool.
 
 What a schedule asks for and a device does not promise: a step's share of the execution units holds only for kernels
-that honour it (`ExecutionUnits`), and `Schedule.starts` is the order in which steps are issued, while a kernel begins
-when its stream, its events and free units let it.
+that honour it (`ExecutionUnits`), unless the units are split (`Mechanism.GREEN`); and `Schedule.starts` is the order in
+which steps are issued, while a kernel begins when its stream, its events and free units let it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,15 +23,15 @@ from torch import Tensor
 
 from engine.layers.collective import CollectiveOperation
 from engine.pipeline.dispatch import Dispatch
-from engine.pipeline.execution_units import ExecutionUnits
 from engine.pipeline.flight import Flight
+from engine.pipeline.lane_grants import LaneGrant, LaneGrants
 from engine.pipeline.layer_program import BoundNode, LayerProgram
-from engine.pipeline.schedule import Lane
+from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.values import Values
+from engine.units_at_hand import UnitsAtHand
 
-# Attention's few long-lived blocks must get onto the device between the many of a matrix product.
-_HIGH_PRIORITY = -1
+_log = logging.getLogger(__name__)
 
 
 class StreamLanes:
@@ -44,13 +45,9 @@ class StreamLanes:
 
     def __init__(self, device: torch.device, *, overlaps: bool) -> None:
         self._device = device
-        self._sides: dict[Lane, torch.cuda.Stream] = {}
-        self._units: ExecutionUnits | None = None
+        self._grants = LaneGrants(device) if overlaps else None
+        self._refused: set[Mechanism] = set()
         self._events: list[torch.cuda.Event] = []
-        if overlaps:
-            self._units = ExecutionUnits(device)
-            self._sides[Lane.MEMORY] = torch.cuda.Stream(device, _HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            self._sides[Lane.NETWORK] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(
         self,
@@ -70,22 +67,26 @@ class StreamLanes:
         programs: Sequence[LayerProgram],
         values: Values,
         stopwatch: Stopwatch,
+        mechanism: Mechanism = Mechanism.STREAMS,
+        units: UnitsAtHand | None = None,
     ) -> None:
         """Launch every step of the order on its range; `ranges` goes by the index of the step, `programs` by the layer.
 
         The stopwatch reads the host's clock and learns nothing of a device, unless it records events: then the steps
-        are timed by events of CUDA and waited for at the end, which a capture does not allow.
+        are timed by events of CUDA and waited for at the end, which a capture does not allow. A mechanism that the
+        device or the kernels refuse is told once, and the lanes are then plain streams.
         """
         current = torch.cuda.current_stream(self._device)
-        lanes = {dispatch.placed.lane for dispatch in order}
-        sides = {lane: stream for lane, stream in self._sides.items() if lane in lanes}
+        grants = self._granted(order, mechanism, units)
+        sides = list(dict.fromkeys(grant.stream for grant in grants.values() if grant.stream is not None))
         marks = None if stopwatch.events is None else _Marks(current)
-        for side in sides.values():
+        for side in sides:
             side.wait_stream(current)
         awaited = {place for dispatch in order for place in dispatch.waits} if sides else set()
         ended: dict[int, torch.cuda.Event] = {}
         for place, (placed, layer, waits) in enumerate(order):
-            stream = sides.get(placed.lane, current)
+            grant = grants.get((placed.lane, placed.step.share))
+            stream = current if grant is None else grant.stream or current
             if sides:
                 for wait in waits:
                     stream.wait_event(ended[wait])
@@ -94,21 +95,39 @@ class StreamLanes:
                 bound = programs[layer].nodes[placed.step.node]
                 begun = None if marks is None else _mark(stream)
                 with torch.cuda.stream(None if stream is current else stream):
-                    self._launch(bound, placed.step.share, layer, (start, stop), values, stopwatch)
+                    self._launch(bound, grant, units, layer, (start, stop), values, stopwatch)
                 if marks is not None and begun is not None:
                     marks.end(stream, begun, bound, placed.lane, layer, (start, stop))
             if place in awaited:
                 ended[place] = self._event(len(ended))
                 ended[place].record(stream)
-        for side in sides.values():
+        for side in sides:
             current.wait_stream(side)
         if marks is not None:
             marks.tell(stopwatch)
 
+    def _granted(
+        self, order: Sequence[Dispatch], mechanism: Mechanism, units: UnitsAtHand | None
+    ) -> dict[tuple[Lane, int], LaneGrant]:
+        """What steps of a lane with a share run on; nothing where lanes take turns on the current stream."""
+        if self._grants is None:
+            return {}
+        steps = {(dispatch.placed.lane, dispatch.placed.step.share) for dispatch in order}
+        if mechanism is not Mechanism.STREAMS and mechanism not in self._refused:
+            memory_share = next((share for lane, share in steps if lane is Lane.MEMORY), ALL_UNITS // 2)
+            reason = self._grants.refusal(mechanism, units, memory_share)
+            if reason is not None:
+                _log.warning("Lanes overlap by %s, not by %s: %s", Mechanism.STREAMS, mechanism, reason)
+                self._refused.add(mechanism)
+        if mechanism in self._refused:
+            mechanism = Mechanism.STREAMS
+        return {step: self._grants.of(mechanism, *step) for step in steps}
+
     def _launch(
         self,
         bound: BoundNode,
-        share: int,
+        grant: LaneGrant | None,
+        units: UnitsAtHand | None,
         layer: int,
         tokens: tuple[int, int],
         values: Values,
@@ -118,10 +137,10 @@ class StreamLanes:
         first = bound.calls[0].operation
         if isinstance(first, CollectiveOperation):
             first.into(*values.network_tensors(bound, layer, *tokens))  # the waiting in it is the stream's
-        elif self._units is None:
+        elif self._grants is None or grant is None:
             values.run(bound, layer, *tokens, stopwatch)
         else:
-            with self._units.share(share):
+            with self._grants.units.launching(grant.units, units):
                 values.run(bound, layer, *tokens, stopwatch)
 
     def _event(self, number: int) -> torch.cuda.Event:

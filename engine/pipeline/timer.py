@@ -87,7 +87,7 @@ class HostTimer:
 
 
 class CudaTimer:
-    """`seconds` may be given a stream that owns a part of the execution units."""
+    """A load may branch off to other streams, as long as it joins the current one again."""
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -95,12 +95,12 @@ class CudaTimer:
         self._sides = (_Side(device), _Side(device))
         self._scratch = torch.ones(_CUDA_CACHE_BYTES // 4, device="cuda")
 
-    def seconds(self, load: Load, stream: torch.cuda.Stream | None = None) -> float:
+    def seconds(self, load: Load) -> float:
         side = self._sides[0]
         captured = side.captured(load)
         if load.start is None:
             self._scratch.zero_()
-        return self._run([(stream or side.stream, captured, 1)])[0]
+        return self._run([(side.stream, captured, 1)])[0]
 
     def together(self, first: Load, num_first: int, second: Load, num_second: int) -> tuple[float, float]:
         jobs = zip(self._sides, (first, second), (num_first, num_second), strict=True)

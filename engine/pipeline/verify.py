@@ -10,7 +10,7 @@ from itertools import pairwise
 from engine.operation import Resource
 from engine.pipeline.dependencies import Dependencies, PlacedStep, has_tokens
 from engine.pipeline.graph import Node, OperationGraph
-from engine.pipeline.schedule import ALL_UNITS, LARGEST_DELAY, Lane, Schedule, ScheduleError, Step
+from engine.pipeline.schedule import ALL_UNITS, LARGEST_DELAY, Lane, Mechanism, Schedule, ScheduleError, Step
 
 
 def verify(schedule: Schedule, graph: OperationGraph) -> None:
@@ -34,6 +34,8 @@ def verify(schedule: Schedule, graph: OperationGraph) -> None:
     _verify_no_circle(dependencies)
     if schedule.starts:
         _verify_starts(schedule, dependencies)
+    if schedule.mechanism is not Mechanism.STREAMS:
+        _verify_mechanism(schedule)
 
 
 def verify_group(schedules: Sequence[Schedule], graph: OperationGraph) -> None:
@@ -185,3 +187,30 @@ def _verify_starts(schedule: Schedule, dependencies: Dependencies) -> None:
                 f"the order of starts has {consumer.step} before {producer.step}, whose result it needs: it must come"
                 f" after."
             )
+
+
+def _verify_mechanism(schedule: Schedule) -> None:
+    """Both lanes that the mechanism divides are there, with the shares that it can give them."""
+    mechanism = schedule.mechanism
+    compute, memory = ({step.share for step in schedule.lanes.get(lane, ())} for lane in (Lane.COMPUTE, Lane.MEMORY))
+    if not compute or not memory:
+        raise ScheduleError(
+            f"overlap {mechanism}: it is between the compute and the memory lane, of which one has no steps: leave out"
+            " the line, or give both lanes steps."
+        )
+    if mechanism is Mechanism.CORESIDENT and compute | memory != {ALL_UNITS}:
+        raise ScheduleError(
+            f"overlap {mechanism}: every unit runs both lanes, so their steps have no shares, but these have"
+            f" {_tenths(compute | memory)} tenths: leave out the shares."
+        )
+    is_split = len(compute) == len(memory) == 1 and min(compute) + min(memory) == ALL_UNITS
+    if mechanism is Mechanism.GREEN and not is_split:
+        raise ScheduleError(
+            f"overlap {mechanism}: the units are split once for the whole step, so all steps of a lane have one share,"
+            f" and both shares make {ALL_UNITS} tenths, such as 7 and 3; compute has {_tenths(compute)}, memory has"
+            f" {_tenths(memory)}."
+        )
+
+
+def _tenths(shares: set[int]) -> str:
+    return " and ".join(map(str, sorted(shares)))

@@ -39,7 +39,9 @@ CANDIDATES = tuple(
     for tile, num_warps in ((128, 8), (64, 4), (32, 4), (16, 4))
     for num_stages in (6, 5, 4, 3, 2)
 )
-# Beside a GEMM of three stages (`gemm_config.CORESIDENT`): 80 KiB of shared memory, and registers to match.
+# Beside a GEMM of three stages (`gemm_config.CORESIDENT`): what that leaves of an SM's shared memory, and registers to
+# match.
+CORESIDENT_BYTES = 80 * 1024
 CORESIDENT = DecodeConfig(tile=64, num_warps=4, num_stages=2, max_registers=104)
 
 

@@ -200,15 +200,19 @@ def launch_gemm(
     return output
 
 
+def is_loadable(matrix: Tensor) -> bool:
+    """Whether TMA can load it: a matrix of adjacent columns whose rows start at multiples of 16 bytes."""
+    return (
+        matrix.dim() == 2
+        and (matrix.shape[1] <= 1 or matrix.stride(1) == 1)
+        and matrix.stride(0) * matrix.element_size() % _TMA_BYTES == 0
+        and matrix.data_ptr() % _TMA_BYTES == 0
+    )
+
+
 def check_operand(name: str, matrix: Tensor) -> tuple[int, int]:
     """The shape of a matrix that TMA can load. Raises ConfigError for any other."""
-    row_bytes = matrix.stride(0) * matrix.element_size() if matrix.dim() == 2 else 0
-    if (
-        matrix.dim() != 2
-        or (matrix.shape[1] > 1 and matrix.stride(1) != 1)
-        or row_bytes % _TMA_BYTES
-        or matrix.data_ptr() % _TMA_BYTES
-    ):
+    if not is_loadable(matrix):
         raise ConfigError(
             f"gemm: {name} is {list(matrix.shape)} of {matrix.dtype} with strides {matrix.stride()}; TMA needs a "
             f"matrix of adjacent columns whose rows start at multiples of {_TMA_BYTES} bytes"

@@ -18,7 +18,7 @@ from engine.operation import Resource, TokenKind
 from engine.pipeline.dependencies import Dependencies, has_tokens
 from engine.pipeline.graph import LAYER_INPUT, Call, Node, OperationGraph
 from engine.pipeline.nano_batch import Cut, NanoBatch
-from engine.pipeline.schedule import Lane, Schedule, Step
+from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism, Schedule, Step
 from engine.pipeline.tracer import trace_layer
 from engine.random_checkpoint import sized_config
 from engine.tensor_parallel import TensorParallel
@@ -107,7 +107,19 @@ def schedules(draw: st.DrawFn, graph: OperationGraph, max_tokens: int = 24, *, i
             lanes[Lane.MEMORY if has_memory_lane and draw(st.booleans()) else Lane.COMPUTE].append(step)
     lane_of = {step: lane for lane, steps in lanes.items() for step in steps}
     starts = tuple(lane_of[step] for step in order) if draw(st.booleans()) else ()
-    return Schedule(cut, {lane: tuple(steps) for lane, steps in lanes.items()}, starts)
+    schedule = Schedule(cut, {lane: tuple(steps) for lane, steps in lanes.items()}, starts)
+    return _overlapping(draw, schedule) if lanes[Lane.MEMORY] and lanes[Lane.COMPUTE] else schedule
+
+
+def _overlapping(draw: st.DrawFn, schedule: Schedule) -> Schedule:
+    """The schedule by some mechanism, with the shares that this can give to its lanes."""
+    mechanism = draw(st.sampled_from(Mechanism))
+    if mechanism is Mechanism.STREAMS:
+        return schedule
+    compute = draw(st.integers(1, ALL_UNITS - 1)) if mechanism is Mechanism.GREEN else ALL_UNITS
+    shares = {Lane.COMPUTE: compute, Lane.MEMORY: ALL_UNITS - compute or ALL_UNITS, Lane.NETWORK: ALL_UNITS}
+    lanes = {lane: tuple(replace(step, share=shares[lane]) for step in steps) for lane, steps in schedule.lanes.items()}
+    return replace(schedule, lanes=lanes, mechanism=mechanism)
 
 
 @st.composite

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.pipeline.execution_units import ExecutionUnits
+from engine.units_at_hand import UnitGrant, UnitsAtHand
 
 
 def _units(monkeypatch: pytest.MonkeyPatch, total: int) -> ExecutionUnits:
@@ -32,16 +33,24 @@ def test_a_small_device_still_grants_something(monkeypatch: pytest.MonkeyPatch) 
     assert [units.granted(tenths) for tenths in (1, 5, 9, 10)] == [8, 8, 8, 12]
 
 
-def test_the_setting_holds_inside_and_not_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = _units(monkeypatch, 132)
-    with units.share(7):
+def test_a_grant_holds_inside_and_not_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    units, at_hand = _units(monkeypatch, 132), UnitsAtHand(132)
+    whole = at_hand.grant
+    with units.launching(units.share(7), at_hand):
         assert torch._C._get_sm_carveout_experimental() == 40
-    assert torch._C._get_sm_carveout_experimental() is None
-    with units.share(10):
-        assert torch._C._get_sm_carveout_experimental() is None
-    with pytest.raises(KeyError), units.share(3):
+        assert at_hand.grant == UnitGrant(num_units=92, is_apart=False)
+    assert torch._C._get_sm_carveout_experimental() is None and at_hand.grant == whole
+    with units.launching(units.share(10), at_hand):
+        assert torch._C._get_sm_carveout_experimental() is None and at_hand.grant == whole
+    with pytest.raises(KeyError), units.launching(units.share(3), at_hand):
         raise KeyError
-    assert torch._C._get_sm_carveout_experimental() is None
+    assert torch._C._get_sm_carveout_experimental() is None and at_hand.grant == whole
+
+
+def test_kernels_are_limited_only_where_nothing_else_keeps_them_apart() -> None:
+    assert UnitGrant(num_units=92).most_programs is None
+    assert UnitGrant(num_units=92, is_apart=False).most_programs == 92
+    assert UnitGrant(num_units=132, is_apart=False, has_guest=True).most_programs is None
 
 
 @pytest.mark.gpu
@@ -55,7 +64,7 @@ def test_a_matrix_product_is_right_with_any_share() -> None:
     torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
         for tenths in range(1, 11):
-            with units.share(tenths):
+            with units.launching(units.share(tenths)):
                 product = left @ right
             assert ((product.float() - expected).norm() / expected.norm()).item() < 1e-2
     finally:

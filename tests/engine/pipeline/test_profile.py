@@ -16,7 +16,9 @@ from engine.operation import Resource, TokenKind
 from engine.pipeline.cost_law import LawSample, fit_law
 from engine.pipeline.cost_model import CostModel, Mode
 from engine.pipeline.graph import LAYER_INPUT, Call, Node, OperationGraph
-from engine.pipeline.profile import Interference, MeasuredCosts, NodeProfile, Profile, Sample
+from engine.pipeline.overlap_profile import Interference, OverlapProfile
+from engine.pipeline.profile import MeasuredCosts, NodeProfile, Profile, Sample
+from engine.pipeline.schedule import Mechanism
 
 _SIZES = st.floats(0, 1e6) | st.integers(0, 10**6).map(float)
 _SPEEDS = st.floats(1e-6, 2)
@@ -45,6 +47,10 @@ _PROFILES = st.builds(
     ),
     interference=st.dictionaries(st.tuples(st.text(), st.text()), _SPEEDS, max_size=3).map(
         lambda speeds: tuple(Interference(*pair, speed) for pair, speed in speeds.items())
+    ),
+    overlap=st.dictionaries(
+        st.sampled_from([Mechanism.GREEN, Mechanism.CORESIDENT]),
+        st.builds(OverlapProfile, modes=st.dictionaries(st.text(), _MODES, max_size=2)),
     ),
 )
 

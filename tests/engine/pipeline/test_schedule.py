@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.pipeline.nano_batch import Cut, NanoBatch
-from engine.pipeline.schedule import Lane, Schedule, ScheduleError, Step
+from engine.pipeline.schedule import Lane, Mechanism, Schedule, ScheduleError, Step
 from engine.pipeline.verify import verify
 from tests.engine.pipeline.schedule_strategies import any_graph, cuts, schedules
 
@@ -38,9 +38,22 @@ def test_the_text_form_is_exact(data: st.DataObject) -> None:
             max_size=5,
         ).map(tuple),
     ),
+    st.sampled_from(Mechanism),
 )
-def test_the_text_form_is_exact_for_what_no_graph_has(cut: Cut, lanes: dict[Lane, tuple[Step, ...]]) -> None:
-    assert Schedule.parse(str(Schedule(cut, lanes))) == Schedule(cut, lanes)
+def test_the_text_form_is_exact_for_what_no_graph_has(
+    cut: Cut, lanes: dict[Lane, tuple[Step, ...]], mechanism: Mechanism
+) -> None:
+    schedule = Schedule(cut, lanes, mechanism=mechanism)
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_lanes_overlap_by_streams_where_nothing_is_said() -> None:
+    text = HEAD + "compute: up[0:8]\n"
+    assert Schedule.parse(text) == Schedule.parse(HEAD + "overlap: streams\ncompute: up[0:8]\n")
+    assert str(Schedule.parse(text)) == text
+    green = Schedule.parse(HEAD + "overlap: green\ncompute: up[0:8]*7\nmemory: down[0:8]*3\n")
+    assert green.mechanism is Mechanism.GREEN and green != replace(green, mechanism=Mechanism.CORESIDENT)
+    assert hash(green) != hash(replace(green, mechanism=Mechanism.CORESIDENT))
 
 
 def test_comments_and_blank_lines_do_not_count() -> None:
@@ -79,6 +92,8 @@ def test_equal_schedules_have_equal_hashes_in_whatever_order_their_lanes_are() -
         (HEAD + HEAD, r"line 2: 'nano-batches' appears a second time"),
         ("nano-batches: 4\n", r"line 1: nano-batches are written decodes\+prefills, such as 480\+288, not '4'"),
         ("# nothing\nnano-batches:\n", r"line 2: nano-batches are written"),
+        (HEAD + "overlap: blue\n", r"line 2: lanes overlap by streams, green, coresident, not by 'blue'"),
+        (HEAD + "overlap: green\noverlap: green\n", r"line 3: 'overlap' appears a second time"),
         (HEAD + "compute: up[0:8]\nstarts: CX\n", r"line 3: the starts are written as letters CMN, not 'CX'"),
         (HEAD + "compute: up[0:8]\nstarts: CN\n", r"must have one letter for every step of every lane"),
         ("compute: up[0:8]\n", r"the line 'nano-batches: decodes\+prefills \.\.\.' is missing"),

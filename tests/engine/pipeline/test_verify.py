@@ -1,3 +1,4 @@
+import re
 from collections import defaultdict
 
 import pytest
@@ -186,3 +187,33 @@ def test_no_dependency_points_to_a_later_period(data: st.DataObject) -> None:
     for consumer, waits in zip(dependencies.steps, dependencies.waits, strict=True):
         for producer, lag in waits:
             assert dependencies.steps[producer].step.delay <= consumer.step.delay + lag
+
+
+@pytest.mark.parametrize(
+    ("overlap", "compute", "memory", "error"),
+    [
+        ("green", "*7", "*3", None),
+        ("green", "*5", "*5", None),
+        ("coresident", "", "", None),
+        ("green", "*7", "*4", "both shares make 10 tenths, such as 7 and 3; compute has 7, memory has 4"),
+        ("green", "", "", "compute has 10, memory has 10"),
+        ("coresident", "*7", "*3", "their steps have no shares, but these have 3 and 7 tenths: leave out the shares"),
+        ("green", "*7", None, "of which one has no steps: leave out the line"),
+        ("coresident", "", None, "of which one has no steps"),
+    ],
+)
+def test_a_mechanism_wants_both_lanes_and_the_shares_that_it_can_give(
+    overlap: str, compute: str, memory: str | None, error: str | None
+) -> None:
+    graph = OperationGraph((node("up", LAYER_INPUT), node("attend", "up"), node("down", "attend")), "down")
+    text = f"nano-batches: 2+0\noverlap: {overlap}\ncompute: up[0:2]{compute} down[0:2]{compute}\n"
+    if memory is None:
+        text += f"compute: up[0:2]{compute} attend[0:2]{compute} down[0:2]{compute}\n"
+        text = text.replace(f"compute: up[0:2]{compute} down[0:2]{compute}\n", "", 1)
+    else:
+        text += f"memory: attend[0:2]{memory}\n"
+    if error is None:
+        verify(Schedule.parse(text), graph)
+        return
+    with pytest.raises(ScheduleError, match=re.escape(error)):
+        verify(Schedule.parse(text), graph)

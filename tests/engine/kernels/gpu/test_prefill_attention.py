@@ -91,6 +91,27 @@ def test_chunks_of_all_kinds(
     check(output, expected(query, cache, sizes), dtype)
 
 
+@pytest.mark.parametrize("num_ctas", [1, 5])
+def test_a_limited_number_of_programs_computes_the_same_bits(num_ctas: int, device: torch.device) -> None:
+    lengths, sizes = (20, 70, 0, 7), (20, 17, 0, 0)
+    cache = PagedCache.random(lengths, num_kv_heads=2, block_size=16, head_dim=16, dtype=torch.float32, device=device)
+    query = torch.randn(sum(sizes) + 9, 4, 16, device=device)
+    whole, limited = (
+        prefill_attention(
+            query,
+            cache.keys,
+            cache.values,
+            cache.block_tables,
+            starts_of(sizes, cache),
+            cache.lengths,
+            scale=SCALE,
+            num_ctas=count,
+        )
+        for count in (None, num_ctas)
+    )
+    assert torch.equal(whole, limited)
+
+
 @pytest.mark.parametrize("num_others", [1, 31, 32, 33, 100])
 def test_rows_before_the_first_chunk_are_left_alone(num_others: int, device: torch.device) -> None:
     """Rows of decodes, fewer and more than a tile of queries; and where there is no chunk, only padding follows."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.kernels.gpu.prefill_attention import attend_chunks
+from engine.kernels.gpu.prefill_attention import attend_chunks, attend_chunks_limited
 from engine.kernels.gpu.prefill_config import CANDIDATES, PrefillConfig, packed_heads, prefill_config
 from tests.engine.kernels.gpu.sm90 import LARGEST_SHARED_BYTES, REGISTERS_PER_SM, Resources, Sm90Compiler
 
@@ -21,13 +21,14 @@ def compiled(
     group_size: int = 4,
     block_size: int = 64,
     has_window: bool = False,
+    is_limited: bool = False,
 ) -> Resources:
     tensors = {"query": f"*{query}", "keys": f"*{cache}", "values": f"*{cache}", "output": f"*{query}"}
     indices = dict.fromkeys(["block_tables", "query_starts", "context_lengths"], "*i32")
     strides = dict.fromkeys(["query_stride", "output_stride", "table_stride"], "i32")
-    numbers = dict.fromkeys(["num_tokens", "num_sequences", "window"], "i32")
+    numbers = dict.fromkeys(["num_tokens", "num_sequences", "num_tiles", "window"], "i32")
     return sm90.compiled(
-        attend_chunks,
+        attend_chunks_limited if is_limited else attend_chunks,
         tensors | indices | strides | numbers | {"score_scale": "fp32", "value_scale": "fp32"},
         {
             "HAS_WINDOW": has_window,
@@ -90,6 +91,17 @@ def test_candidates_compile(width: int, config: PrefillConfig, sm90: Sm90Compile
     resources = compiled(sm90, config, head_dim=width)
     assert resources.spill_bytes <= 8 * FEW_BYTES
     assert resources.shared_bytes <= LARGEST_SHARED_BYTES
+
+
+@pytest.mark.parametrize(("cache", "head_dim"), [("bf16", 128), ("bf16", 64), ("fp8e4nv", 128)])
+def test_programs_that_walk_over_tiles_are_as_good(cache: str, head_dim: int, sm90: Sm90Compiler) -> None:
+    resources = compiled(
+        sm90, prefill_config(head_dim=head_dim, query_bytes=2), cache=cache, head_dim=head_dim, is_limited=True
+    )
+    assert resources.spill_bytes <= FEW_BYTES
+    assert resources.shared_bytes <= LARGEST_SHARED_BYTES
+    assert resources.cta_registers <= REGISTERS_PER_SM
+    assert "cp.async.wait_group \t2;" in resources.ptx
 
 
 def test_float32_compiles(sm90: Sm90Compiler) -> None:
