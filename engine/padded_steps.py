@@ -7,6 +7,7 @@ rows are drawn differs. All operations must be computed by kernels that read len
 (`engine.gpu_model`), and they run one after the other.
 """
 
+import logging
 from bisect import bisect_left
 from functools import partial
 
@@ -18,11 +19,14 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
 from engine.padded_inputs import PaddedInputs
-from engine.pipeline.capture import CapturedRun, Captures
+from engine.pipeline.capture import CapturedRun, CaptureMemoryError, Captures
 from engine.pipeline.fused_run import FusedRun
 from engine.pipeline.pipeline import Pipeline
 from engine.token_bucket import TokenBucket, token_buckets
 from engine.token_pool import TokenPool
+
+
+_log = logging.getLogger(__name__)
 
 
 class PaddedSteps:
@@ -44,11 +48,18 @@ class PaddedSteps:
     def capture(self, captures: Captures) -> None:
         """Make every bucket a graph, the largest first: the others fit into its memory. The cache stays as it is.
 
-        Raises `CaptureError` where the model waits for the device.
+        A bucket whose graph finds no memory is no bucket any more. Raises `CaptureError` where the model waits for the
+        device, or no graph at all finds memory.
         """
         for bucket in reversed(self.buckets):
             self.inputs.clear(bucket)
-            self._captured[bucket] = captures.capture(partial(self._run, bucket))
+            try:
+                self._captured[bucket] = captures.capture(partial(self._run, bucket))
+            except CaptureMemoryError as error:
+                if bucket is self.buckets[0] and not self._captured:
+                    raise
+                _log.warning("Steps of %d tokens are no CUDA graph: %s", bucket.num_tokens, error)
+        self.buckets = tuple(bucket for bucket in self.buckets if bucket in self._captured)
 
     def bucket_of(self, batch: Batch) -> TokenBucket | None:
         """The smallest that a batch can be padded to, if there is one."""

@@ -29,8 +29,10 @@ from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
+from engine.network import network_of
 from engine.pending_step import PendingStep
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.agreed_captures import AgreedCaptures
+from engine.pipeline.capture import CaptureError
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_bytes import tensor_bytes
@@ -94,7 +96,7 @@ class Worker:
         self._tell_host = tell
         device = self._select_device()
         config = self.config = self._settled(device)
-        self.tensor_parallel = tensor_parallel = self._join_group()
+        self.tensor_parallel = tensor_parallel = self._join_group(device)
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device, in_fp8=config.in_fp8)
@@ -138,10 +140,13 @@ class Worker:
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
-        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without."""
+        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
+
+        So on every rank, where it is so on one of them.
+        """
         try:
-            runner.pad_steps(Captures(device))
-        except (CaptureError, torch.OutOfMemoryError) as error:
+            runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
+        except CaptureError as error:
             self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
 
     def memory(self) -> MemoryUse | None:
@@ -222,7 +227,7 @@ class Worker:
             return settled(self.config, None)
         return settled(self.config, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
-    def _join_group(self) -> TensorParallel:
+    def _join_group(self, device: torch.device) -> TensorParallel:
         size = self.config.tensor_parallel
         if size == 1:
             return TensorParallel()
@@ -239,7 +244,7 @@ class Worker:
                 f"{self._timeout.total_seconds():.0f} s: {error}"
             ) from error
         self._owns_group = True
-        return TensorParallel(rank=self._rank, size=size, group=dist.group.WORLD)
+        return network_of(self.config, self._rank, device, self._timeout)
 
     def _check_weights_fit(self, device: torch.device) -> None:
         """Refuse before reading anything what cannot be held."""

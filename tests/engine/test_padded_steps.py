@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
 from engine.padded_inputs import packed_step
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.split_schedule import split_schedule
@@ -128,7 +128,7 @@ def test_all_graphs_lie_in_one_pool() -> None:
         assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
 
 
-@pytest.mark.parametrize("error", [CaptureError("It waits."), torch.OutOfMemoryError("It waits.\nFor memory.")])
+@pytest.mark.parametrize("error", [CaptureError("It waits."), CaptureMemoryError("It waits.\nFor memory.")])
 def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception) -> None:
     class Refusing:
         def capture(self, run: object) -> None:
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception
     worker = Worker(config)
     worker._tell_host = told.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.worker.Captures", lambda device: Refusing())
+        patch.setattr("engine.worker.AgreedCaptures", lambda *_: Refusing())
         worker._capture_steps(runner, CUDA)
     assert runner.padded is None
     assert told == ["no step becomes a CUDA graph. It waits."]

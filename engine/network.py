@@ -1,0 +1,96 @@
+"""The ways in which the ranks of a group on GPUs exchange something, set up once when a rank has joined its group.
+
+Three: the group's own communicator; a second one (NCCL, `network_ctas` execution units at most, a stream of high
+priority) for collectives that run beside other work, which would lose what the first takes; and sums of small messages
+through symmetric memory, where ranks can have that. Every function here is a collective.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.config import EngineConfig, PipelineMode
+from engine.pipeline.rank_agreement import RankAgreement
+from engine.symmetric_sums import SymmetricSums, fastest_below, unsupported
+from engine.tensor_parallel import TensorParallel
+
+_log = logging.getLogger(__name__)
+
+# Messages beyond it are bound by the links, which NCCL fills.
+_LARGEST_MEASURED = 2**23
+
+
+def network_of(config: EngineConfig, rank: int, device: torch.device, timeout: timedelta) -> TensorParallel:
+    """Of a rank that has joined the default group, by all that its device and `config` offer."""
+    plain = TensorParallel(rank=rank, size=config.tensor_parallel, group=dist.group.WORLD)
+    if device.type != "cuda":
+        return plain
+    narrow_group = None
+    if config.pipeline is PipelineMode.OVERLAP:
+        narrow_group = dist.new_group(
+            backend="nccl", timeout=timeout, pg_options=narrow_options(config.network_ctas), device_id=device
+        )
+    return TensorParallel(
+        rank=rank,
+        size=config.tensor_parallel,
+        group=plain.group,
+        narrow_group=narrow_group,
+        small_sums=_small_sums(config, plain, device),
+    )
+
+
+def narrow_options(num_ctas: int) -> Any:
+    """NCCL on so many execution units at most, whose kernels get onto the device before those of a product."""
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    options.config.min_ctas = 1
+    options.config.max_ctas = num_ctas
+    return options
+
+
+def _small_sums(config: EngineConfig, plain: TensorParallel, device: torch.device) -> SymmetricSums | None:
+    """None where NCCL does all sums: by wish (`symmetric_bytes` 0), or because there is no other way, which is said."""
+    if config.symmetric_bytes == 0:
+        return None
+    agreement = RankAgreement(plain, device)
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    step_bytes = config.max_batch_tokens * config.model.hidden_size * dtype.itemsize
+    num_bytes = min(config.symmetric_bytes or _LARGEST_MEASURED, step_bytes)
+    reason = unsupported(dtype)
+    sums: SymmetricSums | None = None
+    if reason is None:
+        try:
+            sums = SymmetricSums.allocate(dtype, device, num_bytes, plain.size)
+        except Exception as error:  # torch raises what its driver says: any kind of it means the same
+            reason = f"memory for them could not be had: {_first_line(error)}"
+    # Nobody looks for the others' memory before all have some: who has none would be waited for.
+    if _is_everywhere(agreement, sums is not None) and sums is not None:
+        try:
+            sums.meet(plain.group)
+        except Exception as error:
+            reason = f"ranks cannot see each other's memory: {_first_line(error)}"
+    is_met = _is_everywhere(agreement, sums is not None and sums.is_met)
+    if not is_met or sums is None:
+        if plain.rank == 0 or reason is not None:
+            _log.warning("NCCL sums small messages, too: %s.", reason or "another rank has no symmetric memory")
+        return None
+    sums.agree_on_multicast(_is_everywhere(agreement, sums.has_multicast))
+    if config.symmetric_bytes is None:
+        sums.limit = fastest_below(sums, plain, agreement, device)
+        if plain.rank == 0:
+            _log.info("Sums of up to %d bytes go through symmetric memory: there it beat NCCL.", sums.limit)
+    return sums
+
+
+def _is_everywhere(agreement: RankAgreement, is_here: bool) -> bool:
+    (smallest,) = agreement.smallest([float(is_here)])
+    return bool(smallest)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
