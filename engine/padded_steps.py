@@ -25,7 +25,6 @@ from engine.pipeline.pipeline import Pipeline
 from engine.token_bucket import TokenBucket, token_buckets
 from engine.token_pool import TokenPool
 
-
 _log = logging.getLogger(__name__)
 
 

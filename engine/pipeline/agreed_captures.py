@@ -55,8 +55,10 @@ class AgreedCaptures(Captures):
         if worst == _NO_MEMORY:
             raise error or CaptureMemoryError("Another rank of the group has no memory for this CUDA graph.")
         if worst != _DONE:
-            raise error if ending == worst and error is not None else CaptureError(
-                "Another rank of the group cannot make this a CUDA graph; its own log says more."
+            raise (
+                error
+                if ending == worst and error is not None
+                else CaptureError("Another rank of the group cannot make this a CUDA graph; its own log says more.")
             )
         return result  # type: ignore[return-value]
 

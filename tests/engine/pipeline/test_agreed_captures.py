@@ -55,7 +55,7 @@ def test_ranks_go_by_the_worst(own: Exception | None, others: int) -> None:
     assert str(raised.value).startswith(words[type(own)] if is_own else "Another rank of the group")
 
 
-class _Forgotten(Exception):
+class _ForgottenError(Exception):
     pass
 
 
@@ -66,9 +66,9 @@ def test_what_is_no_matter_of_graphs_is_told_and_stays_what_it_is() -> None:
         captures._agreement = SimpleNamespace(smallest=lambda given: told.extend(given))  # type: ignore[assignment]
 
         def run() -> None:
-            raise _Forgotten
+            raise _ForgottenError
 
-        with pytest.raises(_Forgotten):
+        with pytest.raises(_ForgottenError):
             captures.capture(run)
     assert told == [0]
 
