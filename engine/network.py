@@ -6,7 +6,10 @@ through symmetric memory, where ranks can have that. Every function here is a co
 """
 
 import logging
+import socket
+import zlib
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,8 @@ def _small_sums(config: EngineConfig, plain: TensorParallel, device: torch.devic
     step_bytes = config.max_batch_tokens * config.model.hidden_size * dtype.itemsize
     num_bytes = min(config.symmetric_bytes or _LARGEST_MEASURED, step_bytes)
     reason = unsupported(dtype)
+    if reason is None and not _is_one_machine(agreement):
+        reason = "the ranks are on several machines"  # some would wait for handles that never come
     sums: SymmetricSums | None = None
     if reason is None:
         try:
@@ -85,6 +90,16 @@ def _small_sums(config: EngineConfig, plain: TensorParallel, device: torch.devic
         if plain.rank == 0:
             _log.info("Sums of up to %d bytes go through symmetric memory: there it beat NCCL.", sums.limit)
     return sums
+
+
+def _is_one_machine(agreement: RankAgreement) -> bool:
+    """Whether all ranks run under the same boot of the same kernel, by a number that a float holds exactly."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = socket.gethostname()
+    number = float(zlib.crc32(name.encode()))
+    return agreement.smallest([number]) == agreement.largest([number])
 
 
 def _is_everywhere(agreement: RankAgreement, is_here: bool) -> bool:

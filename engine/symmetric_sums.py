@@ -6,6 +6,7 @@ with NVLS), that is one read for all ranks. All wait on the device only, so they
 (torch.distributed._symmetric_memory). All ranks decide alike: by bytes, dtype, and what was agreed on when they met.
 """
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +53,9 @@ class SymmetricSums:
         """A buffer for messages of up to so many bytes; raises what torch does where there can be none."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        if torch.cuda.device_count() == 1 < num_ranks:
+            # Every rank is shown a GPU of its own, which all call 0: torch takes that for one device shared by all.
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         granule = _GRANULE * num_ranks
         num_elements = -(-num_bytes // granule) * granule // dtype.itemsize
         return cls(symmetric_memory.empty(num_elements, dtype=dtype, device=device), num_ranks)

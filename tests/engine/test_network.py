@@ -1,6 +1,7 @@
 """The ways between GPUs, on recorded fakes: which is taken for what, how ranks agree, what is said where one lacks."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -39,6 +40,7 @@ class Machine:
         self.failure = ""
         self.multicast_ptr = 0
         self.others: list[float] = []
+        self.machines: set[int] = set()
         self.groups: list[FakeOptions] = []
 
     def empty(self, num_elements: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,6 +55,8 @@ class Machine:
         return SimpleNamespace(multicast_ptr=self.multicast_ptr)
 
     def smallest(self, numbers: list[float]) -> list[float]:
+        if numbers[0] > 1.0:  # the name of a machine
+            return [min(numbers[0], *self.machines)] if self.machines else numbers
         return [min(number, self.others.pop(0) if self.others else 1.0) for number in numbers]
 
     def new_group(self, **settings: Any) -> str:
@@ -86,6 +90,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(dist, "new_group", machine.new_group)
     monkeypatch.setattr(dist, "all_reduce", machine.all_reduce)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=wide))
+    monkeypatch.setattr(RankAgreement, "largest", lambda _, numbers: list(numbers))
     monkeypatch.setattr(RankAgreement, "smallest", lambda _, numbers: machine.smallest(numbers))
     yield machine
 
@@ -177,6 +182,28 @@ def test_without_symmetric_memory_nccl_sums_everything_and_once_it_is_said_why(
     assert machine.log == ["wide 16"]
 
 
+def test_ranks_on_several_machines_share_no_memory(
+    machine: Machine, pair: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.machines = {2}
+    assert _network(pair).small_sums is None
+    assert [record.message for record in caplog.records] == [
+        "NCCL sums small messages, too: the ranks are on several machines."
+    ]
+
+
+@pytest.mark.parametrize("num_visible", [1, 2])
+def test_a_gpu_that_is_a_ranks_own_is_not_taken_for_a_shared_one(
+    machine: Machine, pair: EngineConfig, monkeypatch: pytest.MonkeyPatch, num_visible: int
+) -> None:
+    name = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    _network(pair)
+    assert os.environ.get(name) == ("1" if num_visible == 1 else None)
+
+
 def test_half_precision_is_not_summed_so(
     machine: Machine, pair: EngineConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,7 +234,6 @@ def test_the_limit_is_measured_unless_given(
     monkeypatch.setattr("engine.symmetric_sums._seconds", seconds)
     real = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, **settings: real(*sizes, **{**settings, "device": "cpu"}))
-    monkeypatch.setattr(RankAgreement, "largest", lambda self, numbers: list(numbers))
     with caplog.at_level(logging.INFO):
         sums = _network(replace(pair, symmetric_bytes=None)).small_sums
     assert isinstance(sums, SymmetricSums) and sums.limit == 32768
