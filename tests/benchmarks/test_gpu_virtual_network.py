@@ -1,0 +1,51 @@
+"""The checks of virtual ranks run on a CPU as on a GPU, and find what is wrong."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import gpu_parts.virtual_network as virtual_network
+import pytest
+import torch
+from gpu_parts.virtual_network import check_virtual_ranks, measure_virtual_ranks
+
+from engine import DType
+from engine.model_config import Architecture
+from engine.random_checkpoint import sized_config
+from engine.virtual_ranks import VirtualAllReduce
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number format, one batch, two layers."""
+    model = sized_config(Architecture.LLAMA)
+    for name, value in {
+        "TOLERANCES": {DType.FLOAT32: 1e-4},
+        "SMALL_BATCHES": virtual_network.SMALL_BATCHES[-1:],
+        "LARGE_BATCHES": {"mixed": virtual_network.SMALL_BATCHES[-1]},
+        "_SMALL": model,
+        "_LARGE": model,
+    }.items():
+        monkeypatch.setattr(virtual_network, name, value)
+
+
+def test_every_mode_is_compared_with_the_model_that_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(check_virtual_ranks(CPU))
+    assert [row.name for row in rows] == [f"2 float32 {mode}" for mode in ("sequential", "nanobatch", "overlap")]
+    assert all(row.is_right for row in rows)
+
+    def lose_a_rank(self: VirtualAllReduce, output_TE: Any, partials_TX: Any, *, is_beside: bool = False) -> None:
+        output_TE.copy_(partials_TX.chunk(2, dim=1)[0])
+
+    monkeypatch.setattr(VirtualAllReduce, "start", lose_a_rank)
+    assert not any(row.is_right for row in check_virtual_ranks(CPU))
+
+
+def test_timings_are_labelled_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = [SimpleNamespace(seconds=seconds, rounds=()) for seconds in (0.002, 0.004, 0.001)]
+    monkeypatch.setattr(virtual_network.Trial, "run", lambda self, contestants, batch, seconds: timings)
+    rows = list(measure_virtual_ranks(CPU, 8, 1.0))
+    assert [row.value for row in rows] == [2.0, 4.0, 1.0]
+    assert [row.note for row in rows] == [f"EMULATION; {gain} x sequential" for gain in ("1.000", "0.500", "2.000")]
+    assert all(row.is_right is None and "sums on 8 programs" in row.name for row in rows)
