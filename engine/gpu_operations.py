@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.kernels.gpu.activation import silu_mul
+from engine.kernels.fp8_product import QuantisedRows
+from engine.kernels.gpu.activation import silu_mul, silu_mul_fp8
 from engine.kernels.gpu.decode_attention import decode_attention
 from engine.kernels.gpu.decode_config import decode_config
 from engine.kernels.gpu.decode_plan import DecodeScratch
 from engine.kernels.gpu.embedding import embedding
 from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
-from engine.kernels.gpu.norm import add_rms_norm, rms_norm
+from engine.kernels.gpu.norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from engine.kernels.gpu.planned_draw import draw_planned
 from engine.kernels.gpu.prefill_attention import prefill_attention
 from engine.kernels.gpu.rotary import rotate_and_write
@@ -39,8 +40,11 @@ def compute_with_kernels(model: Decoder, num_sms: int) -> None:
             case RMSNorm():
                 module.computed_by(partial(_norm, module))
                 module.of_sum = partial(_norm_of_sum, module)
+                module.quantised = partial(_norm_quantised, module)
+                module.quantised_of_sum = partial(_norm_quantised_of_sum, module)
             case SiluAndMul():
                 module.computed_by(_gate)
+                module.quantised = _gate_quantised
             case EmbeddingShard():
                 module.computed_by(partial(_embed, module))
             case RotaryAndKVWrite():
@@ -61,6 +65,20 @@ def _norm(norm: RMSNorm, hidden_TE: Tensor, *, output: Tensor | None = None) -> 
 def _norm_of_sum(norm: RMSNorm, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
     sum_TE = torch.empty_like(residual_TE)
     return add_rms_norm(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE)
+
+
+def _norm_quantised(norm: RMSNorm, hidden_TE: Tensor) -> QuantisedRows:
+    return QuantisedRows(*rms_norm_fp8(hidden_TE, norm.weight, norm.epsilon), hidden_TE.dtype)
+
+
+def _norm_quantised_of_sum(norm: RMSNorm, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[QuantisedRows, Tensor]:
+    sum_TE = torch.empty_like(residual_TE)
+    values_TE, scales_T, _ = add_rms_norm_fp8(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE)
+    return QuantisedRows(values_TE, scales_T, hidden_TE.dtype), sum_TE
+
+
+def _gate_quantised(gate_up_TF: Tensor) -> QuantisedRows:
+    return QuantisedRows(*silu_mul_fp8(gate_up_TF), gate_up_TF.dtype)
 
 
 def _gate(gate_up_TF: Tensor, *, output: Tensor | None = None) -> Tensor:
