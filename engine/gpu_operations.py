@@ -91,6 +91,7 @@ def _embed(shard: EmbeddingShard, step: StepInputs, *, output: Tensor | None = N
 
 def _rotate(rotary: RotaryAndKVWrite, qkv_TF: Tensor, step: StepInputs, *, output: Tensor | None = None) -> Tensor:
     q_norm, k_norm = rotary.q_norm, rotary.k_norm
+    key_scale, value_scale = step.kv_cache.scales(rotary.layer)
     return rotate_and_write(
         qkv_TF,
         step.positions,
@@ -101,6 +102,8 @@ def _rotate(rotary: RotaryAndKVWrite, qkv_TF: Tensor, step: StepInputs, *, outpu
         q_weight=None if q_norm is None else q_norm.weight,
         k_weight=None if k_norm is None else k_norm.weight,
         epsilon=0.0 if q_norm is None else q_norm.epsilon,
+        key_scale=key_scale,
+        value_scale=value_scale,
         query_THd=output,
     )
 
@@ -116,6 +119,7 @@ def _decode(
     if num_rows == 0:
         return output
     keys, values = step.kv_cache.layer(attention.layer)
+    key_scale, value_scale = step.kv_cache.scales(attention.layer)
     num_kv_heads, block_size, head_dim = keys.shape[1:]
     group_size, num_ctas = query_DHd.shape[1] // num_kv_heads, _DECODE_CTAS * num_sms
     config = decode_config(
@@ -150,6 +154,8 @@ def _decode(
         num_sms=num_sms,
         scratch=scratch,
         window=attention.window,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output=output[:num_rows].view(query_DHd.shape),
         is_planned=is_planned,
         config=config,
@@ -167,6 +173,7 @@ def _prefill(
     if len(query_QHd) == 0:
         return output
     starts_P1, lengths_P = _chunks(step)
+    key_scale, value_scale = step.kv_cache.scales(attention.layer)
     prefill_attention(
         query_QHd,
         *step.kv_cache.layer(attention.layer),
@@ -175,6 +182,8 @@ def _prefill(
         lengths_P,
         scale=attention.scale,
         window=attention.window,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output=output.view(query_QHd.shape),
     )
     return output

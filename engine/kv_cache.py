@@ -9,12 +9,15 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.kv_scales import KVScales
 from engine.memory_budget import bytes_per_block
 
 
 class KVCache:
     """Per layer two tensors [num_blocks, num_kv_heads, block_size, head_dim] ("HND"): the tokens of one (block, head)
     are one contiguous tile. Zeroed at the start, because a masked position still multiplies by its value.
+
+    Keys and values of FP8 stand for themselves times the layer's scale in `scales`; those of other dtypes have none.
     """
 
     def __init__(
@@ -27,15 +30,19 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        scales: KVScales | None = None,
     ) -> None:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._scales = KVScales.none(num_layers) if scales is None or dtype.itemsize > 1 else scales
         self.keys: tuple[Tensor, ...] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.values: tuple[Tensor, ...] = tuple(torch.zeros_like(keys) for keys in self.keys)
 
     @classmethod
-    def allocate(cls, config: EngineConfig, num_blocks: int, device: torch.device) -> "KVCache":
+    def allocate(
+        cls, config: EngineConfig, num_blocks: int, device: torch.device, scales: KVScales | None = None
+    ) -> "KVCache":
         """The cache of one rank of `config`'s group; raises `CapacityError` when the memory is not there after all."""
         try:
             return cls(
@@ -46,6 +53,7 @@ class KVCache:
                 head_dim=config.model.head_dim,
                 dtype=getattr(torch, config.cache_format.torch_name),
                 device=device,
+                scales=scales,
             )
         except (torch.OutOfMemoryError, RuntimeError) as error:
             num_bytes = num_blocks * bytes_per_block(config)
@@ -62,3 +70,7 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer."""
         return self.keys[index], self.values[index]
+
+    def scales(self, index: int) -> tuple[float, float]:
+        """Of keys and of values of one layer: what they are divided by to be stored."""
+        return self._scales.keys[index], self._scales.values[index]

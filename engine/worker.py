@@ -24,6 +24,7 @@ from engine.gemm_peak import measure_gemm_peak
 from engine.gpu_model import use_gpu_kernels
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
+from engine.kv_scales import KVScales
 from engine.memory_budget import available_host_bytes, cache_budget, num_affordable_blocks
 from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_runner import ModelRunner
@@ -117,7 +118,7 @@ class Worker:
             pipeline.reserve(plans.schedules, config.max_batch_tokens)
         self._workspace_bytes = self._meter.grown()
         num_blocks = self._agree_on_blocks(device)
-        cache = KVCache.allocate(config, num_blocks, device)
+        cache = KVCache.allocate(config, num_blocks, device, KVScales.read(config))
         self._model, self._cache = model, cache
         self._runner = ModelRunner(
             config,
