@@ -17,7 +17,8 @@ class KVCache:
     """Per layer two tensors [num_blocks, num_kv_heads, block_size, head_dim] ("HND"): the tokens of one (block, head)
     are one contiguous tile. Zeroed at the start, because a masked position still multiplies by its value.
 
-    Keys and values of FP8 stand for themselves times the layer's scale in `scales`; those of other dtypes have none.
+    Keys and values of FP8 stand for themselves times the layer's scale in `scales`; without, and in other dtypes, for
+    themselves.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class KVCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._scales = KVScales.none(num_layers) if scales is None or dtype.itemsize > 1 else scales
+        self._scales = scales if dtype.itemsize == 1 else None
         self.keys: tuple[Tensor, ...] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
         self.values: tuple[Tensor, ...] = tuple(torch.zeros_like(keys) for keys in self.keys)
 
@@ -73,4 +74,4 @@ class KVCache:
 
     def scales(self, index: int) -> tuple[float, float]:
         """Of keys and of values of one layer: what they are divided by to be stored."""
-        return self._scales.keys[index], self._scales.values[index]
+        return (1.0, 1.0) if self._scales is None else (self._scales.keys[index], self._scales.values[index])

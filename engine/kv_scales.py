@@ -61,18 +61,18 @@ def kv_scale_faults(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[str]
             if prefix + name in checkpoint.tensors:
                 yield f"{prefix}{name} makes scales of the KV cache asymmetric, which is not supported"
         for kind, names in _NAMES.items():
-            name = _name(checkpoint, layer, kind)
-            if name is None:
+            found = _name(checkpoint, layer, kind)
+            if found is None:
                 if is_declared:
                     yield f"{prefix}{names[0]} is missing, which kv_cache_scheme in config.json promises"
                 continue
-            stored = checkpoint.tensors[name]
+            stored = checkpoint.tensors[found]
             if not stored.is_float or stored.dtype == FP8:
-                yield f"{name} is stored as {stored.dtype}, which is not a supported floating-point dtype"
+                yield f"{found} is stored as {stored.dtype}, which is not a supported floating-point dtype"
             elif math.prod(stored.shape) != 1:
                 yield (
-                    f"{name} has shape {list(stored.shape)}: only one scale for all heads of a layer is supported, not "
-                    "one of each head"
+                    f"{found} has shape {list(stored.shape)}: only one scale for all heads of a layer is supported, "
+                    "not one of each head"
                 )
 
 

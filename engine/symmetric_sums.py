@@ -136,7 +136,7 @@ def last_won(sizes: Sequence[int], ours: Sequence[float], theirs: Sequence[float
 
 def _seconds(run: Callable[[], object]) -> float:
     """Of one of many sums on the device, one after the other: the median of a few rounds."""
-    rounds = []
+    rounds: list[float] = []
     for number in range(_NUM_ROUNDS + 1):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begun.record()

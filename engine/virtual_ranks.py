@@ -81,7 +81,7 @@ class VirtualLinear(Operation):
         inputs = input_TI.chunk(num_ranks, dim=1) if self.cuts_inputs else (input_TI,) * num_ranks
         for shard, output_TO, part_TI in zip(self.shards, outputs, inputs, strict=True):
             if shard.weight_scale is None:
-                shard.into(output_TO, part_TI)  # type: ignore[operator]
+                shard.into(output_TO, part_TI)
             else:  # values are quantised in adjacent rows
                 output_TO.copy_(shard(part_TI.contiguous()))
 

@@ -40,7 +40,8 @@ class AgreedCaptures(Captures):
 
     def _together(self, attempt: Callable[[], Result]) -> Result:
         """What `attempt`, which exchanges nothing, returns on this rank, if it does so on every one."""
-        ending, result, error = _DONE, None, None
+        ending, result = _DONE, None
+        error: CaptureError | None = None
         try:
             result = attempt()
         except torch.OutOfMemoryError as failure:

@@ -3,13 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_parts.virtual_network as virtual_network
 import pytest
 import torch
+from gpu_parts import virtual_network
 from gpu_parts.virtual_network import check_virtual_ranks, measure_virtual_ranks
+from gpu_pipeline import SMALL_BATCHES
 
 from engine import DType
 from engine.model_config import Architecture
+from engine.pipeline.trial import Trial
 from engine.random_checkpoint import sized_config
 from engine.virtual_ranks import VirtualAllReduce
 
@@ -22,8 +24,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sized_config(Architecture.LLAMA)
     for name, value in {
         "TOLERANCES": {DType.FLOAT32: 1e-4},
-        "SMALL_BATCHES": virtual_network.SMALL_BATCHES[-1:],
-        "LARGE_BATCHES": {"mixed": virtual_network.SMALL_BATCHES[-1]},
+        "SMALL_BATCHES": SMALL_BATCHES[-1:],
+        "LARGE_BATCHES": {"mixed": SMALL_BATCHES[-1]},
         "_SMALL": model,
         "_LARGE": model,
     }.items():
@@ -44,7 +46,7 @@ def test_every_mode_is_compared_with_the_model_that_is_not_cut(monkeypatch: pyte
 
 def test_timings_are_labelled_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [SimpleNamespace(seconds=seconds, rounds=()) for seconds in (0.002, 0.004, 0.001)]
-    monkeypatch.setattr(virtual_network.Trial, "run", lambda self, contestants, batch, seconds: timings)
+    monkeypatch.setattr(Trial, "run", lambda self, contestants, batch, seconds: timings)
     rows = list(measure_virtual_ranks(CPU, 8, 1.0))
     assert [row.value for row in rows] == [2.0, 4.0, 1.0]
     assert [row.note for row in rows] == [f"EMULATION; {gain} x sequential" for gain in ("1.000", "0.500", "2.000")]

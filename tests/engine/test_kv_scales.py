@@ -92,7 +92,7 @@ def test_a_rank_uses_those_of_its_checkpoint(path: Path) -> None:
 
 def _logits_with(path: Path, cache: NumberFormat, monkeypatch: pytest.MonkeyPatch, scales: KVScales | None) -> Tensor:
     model, config = load(path, BFLOAT16, cache)
-    allocate = KVCache.allocate
+    allocate: Any = KVCache.allocate
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "allocate", lambda *arguments: allocate(*arguments, scales))
         return prompt_logits(model, config, torch.arange(32) * 13 % 512, 16)

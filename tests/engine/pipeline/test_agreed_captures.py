@@ -50,7 +50,10 @@ def test_ranks_go_by_the_worst(own: Exception | None, others: int) -> None:
             captures.capture(run)
     is_memory = others >= 2 and own in (None, OUT_OF_MEMORY)
     assert isinstance(raised.value, CaptureMemoryError) is is_memory
-    words = {CaptureError: "It waits.", torch.OutOfMemoryError: "No memory for a CUDA graph: CUDA out of memory."}
+    words: dict[type, str] = {
+        CaptureError: "It waits.",
+        torch.OutOfMemoryError: "No memory for a CUDA graph: CUDA out of memory.",
+    }
     is_own = own is not None and others >= (1 if isinstance(own, CaptureError) else 2)
     assert str(raised.value).startswith(words[type(own)] if is_own else "Another rank of the group")
 
