@@ -34,7 +34,7 @@ def network_of(config: EngineConfig, rank: int, device: torch.device, timeout: t
     narrow_group = None
     if config.pipeline is PipelineMode.OVERLAP:
         narrow_group = dist.new_group(
-            backend="nccl", timeout=timeout, pg_options=narrow_options(config.network_ctas), device_id=device
+            backend="nccl", timeout=timeout, pg_options=narrow_options(config.network_ctas, timeout), device_id=device
         )
     return TensorParallel(
         rank=rank,
@@ -45,12 +45,13 @@ def network_of(config: EngineConfig, rank: int, device: torch.device, timeout: t
     )
 
 
-def narrow_options(num_ctas: int) -> Any:
+def narrow_options(num_ctas: int, timeout: timedelta) -> Any:
     """NCCL on so many execution units at most, whose kernels get onto the device before those of a product."""
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options.is_high_priority_stream = True
+    options._timeout = timeout  # else torch warns that the group's replaces it
     options.config.min_ctas = 1
     options.config.max_ctas = num_ctas
     return options
