@@ -8,9 +8,10 @@ through symmetric memory, where ranks can have that. Every function here is a co
 import logging
 import socket
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from engine.config import EngineConfig, PipelineMode
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.symmetric_sums import SymmetricSums, fastest_below, unsupported
 from engine.tensor_parallel import TensorParallel
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -62,35 +65,58 @@ def _small_sums(config: EngineConfig, plain: TensorParallel, device: torch.devic
     if config.symmetric_bytes == 0:
         return None
     agreement = RankAgreement(plain, device)
-    dtype: torch.dtype = getattr(torch, config.dtype.value)
-    step_bytes = config.max_batch_tokens * config.model.hidden_size * dtype.itemsize
-    num_bytes = min(config.symmetric_bytes or _LARGEST_MEASURED, step_bytes)
-    reason = unsupported(dtype)
-    if reason is None and not _is_one_machine(agreement):
-        reason = "the ranks are on several machines"  # some would wait for handles that never come
-    sums: SymmetricSums | None = None
-    if reason is None:
-        try:
-            sums = SymmetricSums.allocate(dtype, device, num_bytes, plain.size)
-        except Exception as error:  # torch raises what its driver says: any kind of it means the same
-            reason = f"memory for them could not be had: {_first_line(error)}"
-    # Nobody looks for the others' memory before all have some: who has none would be waited for.
-    if _is_everywhere(agreement, sums is not None) and sums is not None:
-        try:
-            sums.meet(plain.group)
-        except Exception as error:
-            reason = f"ranks cannot see each other's memory: {_first_line(error)}"
-    is_met = _is_everywhere(agreement, sums is not None and sums.is_met)
-    if not is_met or sums is None:
-        if plain.rank == 0 or reason is not None:
-            _log.warning("NCCL sums small messages, too: %s.", reason or "another rank has no symmetric memory")
+    try:
+        sums = _working_sums(config, plain, agreement, device)
+    except _LackingError as error:
+        _log.warning("NCCL sums small messages, too: %s.", error)
         return None
-    sums.agree_on_multicast(_is_everywhere(agreement, sums.has_multicast))
     if config.symmetric_bytes is None:
         sums.limit = fastest_below(sums, plain, agreement, device)
         if plain.rank == 0:
             _log.info("Sums of up to %d bytes go through symmetric memory: there it beat NCCL.", sums.limit)
     return sums
+
+
+class _LackingError(Exception):
+    """There are no sums through symmetric memory; says why."""
+
+
+def _working_sums(
+    config: EngineConfig, plain: TensorParallel, agreement: RankAgreement, device: torch.device
+) -> SymmetricSums:
+    """For messages of `symmetric_bytes`, or as large as can be measured or summed; raises `_LackingError`."""
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    step_bytes = config.max_batch_tokens * config.model.hidden_size * dtype.itemsize
+    num_bytes = min(config.symmetric_bytes or _LARGEST_MEASURED, step_bytes)
+    reason = unsupported(dtype)
+    if reason is not None:
+        raise _LackingError(reason)
+    if not _is_one_machine(agreement):
+        raise _LackingError("the ranks are on several machines")  # some would wait for handles that never come
+    sums = _by_all(
+        agreement,
+        "memory for them could not be had",
+        lambda: SymmetricSums.allocate(dtype, device, num_bytes, plain.size),
+    )
+    _by_all(agreement, "ranks cannot see each other's memory", lambda: sums.meet(plain.group))
+    sums.agree_on_multicast(_is_everywhere(agreement, sums.has_multicast))
+    _by_all(agreement, "tried out, they fail", sums.try_out)
+    return sums
+
+
+def _by_all(agreement: RankAgreement, words: str, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns, once it has succeeded on every rank: in the next step a rank without would be waited for.
+
+    Raises `_LackingError` on every rank otherwise.
+    """
+    reason, result = "", None
+    try:
+        result = attempt()
+    except Exception as error:  # torch raises what its driver says: any kind of it means the same
+        reason = f"{words}: {_first_line(error)}"
+    if not _is_everywhere(agreement, not reason):
+        raise _LackingError(reason or "another rank cannot sum through symmetric memory")
+    return result  # type: ignore[return-value]
 
 
 def _is_one_machine(agreement: RankAgreement) -> bool:

@@ -43,6 +43,7 @@ class SymmetricSums:
 
     def __init__(self, buffer: Tensor, num_ranks: int) -> None:
         self._buffer = buffer
+        self._num_ranks = num_ranks
         self._granule = _GRANULE * num_ranks
         self._group_name = ""
         self.has_multicast = False
@@ -61,9 +62,9 @@ class SymmetricSums:
         return cls(symmetric_memory.empty(num_elements, dtype=dtype, device=device), num_ranks)
 
     @property
-    def is_met(self) -> bool:
-        """Whether the buffers of the group know each other."""
-        return bool(self._group_name)
+    def granule(self) -> int:
+        """Bytes that messages are multiples of."""
+        return self._granule
 
     def meet(self, group: Any) -> None:
         """Exchange addresses with all ranks of the group, together; raises what torch does where they see no other."""
@@ -74,6 +75,14 @@ class SymmetricSums:
             raise RuntimeError("torch gave this buffer no handle")
         self.has_multicast = bool(handle.multicast_ptr)
         self._group_name = group.group_name
+
+    def try_out(self) -> None:
+        """Sum ones, few and many, by all ranks together; raises what torch does, and RuntimeError for a wrong sum."""
+        for num_bytes in (self._granule, self.limit):
+            ones = torch.ones_like(self._buffer[: num_bytes // self._buffer.itemsize])
+            self.all_reduce(ones)
+            if not bool((ones == self._num_ranks).all()):
+                raise RuntimeError(f"ones of {self._num_ranks} ranks add up to {float(ones.float().mean()):g}")
 
     def agree_on_multicast(self, is_everywhere: bool) -> None:
         """Links add up only where they do so for every rank."""
@@ -112,7 +121,7 @@ def fastest_below(sums: SymmetricSums, plain: TensorParallel, agreement: RankAgr
     sizes = []
     size = _SMALLEST_MEASURED
     while size <= sums.limit:
-        sizes.append(size)
+        sizes.append(size - size % sums.granule)
         size *= 2
 
     def timed(num_bytes: int, run: Callable[[Tensor], object]) -> float:
