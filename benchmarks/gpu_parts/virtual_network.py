@@ -55,6 +55,9 @@ def virtual_bench(shape: ModelConfig, dtype: DType, device: torch.device, num_ct
 
 def run_virtual_network(ledger: Ledger, budget: Budget, device: torch.device) -> None:
     """Rows of what is right; then timings of as many limits as there is time for."""
+    if not budget.has(_LEAST_SECONDS):
+        ledger.skip("virtual ranks", "checks and timings", NO_TIME)
+        return
     for row in check_virtual_ranks(device):
         ledger.add(row)
     for num_ctas in LIMITS:

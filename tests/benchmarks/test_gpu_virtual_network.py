@@ -1,12 +1,15 @@
 """The checks of virtual ranks run on a CPU as on a GPU, and find what is wrong."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from gpu_parts import virtual_network
-from gpu_parts.virtual_network import check_virtual_ranks, measure_virtual_ranks
+from gpu_parts.budget import NO_TIME, Budget
+from gpu_parts.ledger import Ledger
+from gpu_parts.virtual_network import check_virtual_ranks, measure_virtual_ranks, run_virtual_network
 from gpu_pipeline import SMALL_BATCHES
 
 from engine import DType
@@ -42,6 +45,15 @@ def test_every_mode_is_compared_with_the_model_that_is_not_cut(monkeypatch: pyte
 
     monkeypatch.setattr(VirtualAllReduce, "start", lose_a_rank)
     assert not any(row.is_right for row in check_virtual_ranks(CPU))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_what_there_is_no_time_for_is_said(seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual_network, "measure_virtual_ranks", lambda device, num_ctas, seconds: [])
+    ledger = Ledger("pipeline", tmp_path, {}, quiet=True)
+    run_virtual_network(ledger, Budget(seconds), CPU)
+    notes = [row.note for row in ledger.rows]
+    assert notes == ([NO_TIME] if seconds == 0 else ["", "", ""])
 
 
 def test_timings_are_labelled_emulation(monkeypatch: pytest.MonkeyPatch) -> None:

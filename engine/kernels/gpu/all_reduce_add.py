@@ -42,11 +42,11 @@ def add_partials(
     first_TE = partials[0]
     shape, dtype = tuple(first_TE.shape), first_TE.dtype
     gap = _gap(first_TE)
+    check_floating("partials[0]", first_TE[:0] if gap else first_TE, 2)
     for rank, partial_TE in enumerate(partials):
         if gap and partial_TE.shape == shape and partial_TE.dtype == dtype and _gap(partial_TE) == gap:
             continue
         check_argument(f"partials[{rank}]", partial_TE, shape, dtype)
-    check_floating("partials[0]", first_TE[:0], 2)
     if residual_TE is not None:
         check_argument("residual_TE", residual_TE, shape, dtype)
     if output_TE is None:
