@@ -44,14 +44,15 @@ class AgreedCaptures(Captures):
         error: CaptureError | None = None
         try:
             result = attempt()
-        except torch.OutOfMemoryError as failure:
-            ending, error = _NO_MEMORY, CaptureMemoryError(f"No memory for a CUDA graph: {_first_line(failure)}")
-            error.__cause__ = failure
         except CaptureError as failure:
             ending, error = _REFUSED, failure
-        except Exception as failure:  # whatever it is, the other ranks wait
-            self._agreement.smallest([_FAILED])
-            raise failure
+        except Exception as failure:
+            lack = _out_of_memory(failure)
+            if lack is None:  # whatever it is, the other ranks wait
+                self._agreement.smallest([_FAILED])
+                raise
+            ending, error = _NO_MEMORY, CaptureMemoryError(f"No memory for a CUDA graph: {_first_line(lack)}")
+            error.__cause__ = failure
         (worst,) = self._agreement.smallest([ending])
         if worst == _NO_MEMORY:
             raise error or CaptureMemoryError("Another rank of the group has no memory for this CUDA graph.")
@@ -62,6 +63,13 @@ class AgreedCaptures(Captures):
                 else CaptureError("Another rank of the group cannot make this a CUDA graph; its own log says more.")
             )
         return result  # type: ignore[return-value]
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """What the error is or came from: ending a recording that lacked memory may fail in turn."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
 
 
 def _first_line(error: Exception) -> str:

@@ -62,6 +62,20 @@ class _ForgottenError(Exception):
     pass
 
 
+def test_an_end_of_a_recording_that_fails_in_turn_lacked_memory() -> None:
+    with deferred_cuda() as cuda, recorded_graphs(cuda):
+        captures = _captures(TensorParallel())
+
+        def run() -> None:
+            try:
+                raise OUT_OF_MEMORY
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        with pytest.raises(CaptureMemoryError, match="No memory for a CUDA graph: CUDA out of memory"):
+            captures.capture(run)
+
+
 def test_what_is_no_matter_of_graphs_is_told_and_stays_what_it_is() -> None:
     told: list[int] = []
     with deferred_cuda() as cuda, recorded_graphs(cuda):
