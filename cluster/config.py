@@ -71,6 +71,10 @@ class ServingConfig(BaseModel):
     pipeline: PipelineMode = PipelineMode.OVERLAP  # how a step runs through the layers; see docs/pipeline.md
     plan_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 45.0  # to plan at the first start; 0: never
     compile: CompileMode = CompileMode.AUTO  # the kernels of a CPU, at the first start
+    # Between GPUs: execution units of a collective beside other work, and bytes of the largest sum that goes through
+    # symmetric memory; measured unless given, 0 for none.
+    network_ctas: Count = 8
+    symmetric_bytes: Annotated[int, Field(ge=0)] | None = None
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -140,6 +144,8 @@ class ServingConfig(BaseModel):
             pipeline=self.pipeline,
             plan_seconds=self.plan_seconds,
             compile=self.compile,
+            network_ctas=self.network_ctas,
+            symmetric_bytes=self.symmetric_bytes,
         )
 
 

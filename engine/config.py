@@ -12,6 +12,8 @@ from engine.errors import ConfigError
 from engine.model_config import DType, ModelConfig
 from engine.number_format import NumberFormat
 
+MAX_NETWORK_CTAS = 32  # channels that every version of NCCL can have
+
 
 class DeviceKind(StrEnum):
     """Where the ranks compute."""
@@ -63,6 +65,10 @@ class EngineConfig:
     Where no plans are stored for this setup, a group that can overlap measures, plans and tries at its start. No bucket
     of batches is begun more than `plan_seconds` after that began, measuring included; the next start goes on with the
     rest. 0 uses stored plans only.
+
+    Between GPUs, collectives that run beside other work take `network_ctas` programs at most, one on an execution unit;
+    sums of up to `symmetric_bytes` go through symmetric memory (None: as far as it is measured at the start to be
+    faster than NCCL; 0: none).
     """
 
     model: ModelConfig
@@ -84,6 +90,8 @@ class EngineConfig:
     compile: CompileMode = CompileMode.AUTO
     product_format: NumberFormat | None = None
     kv_cache_format: NumberFormat | None = None
+    network_ctas: int = 8
+    symmetric_bytes: int | None = None
 
     def __post_init__(self) -> None:
         positive = ("tensor_parallel", "max_model_len", "max_batch_tokens", "max_sequences", "block_size")
@@ -94,6 +102,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {value}.")
+        if not 1 <= self.network_ctas <= MAX_NETWORK_CTAS:
+            raise ConfigError(
+                f"network_ctas must be 1..{MAX_NETWORK_CTAS}, but is {self.network_ctas}: so many execution units may "
+                "a collective take from what is computed beside it; 4 to 16 fill the links of a machine."
+            )
+        if self.symmetric_bytes is not None and self.symmetric_bytes < 0:
+            raise ConfigError(
+                f"symmetric_bytes must be 0 (NCCL sums everything) or more, but is {self.symmetric_bytes}; leave it "
+                "out to have it measured."
+            )
         if not 0 <= self.plan_seconds < float("inf"):
             raise ConfigError(f"plan_seconds must be 0 or more, but is {self.plan_seconds}.")
         if not 0 < self.cache_fraction <= 1:

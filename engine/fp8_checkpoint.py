@@ -2,7 +2,8 @@
 
 Two ways of writing that down are known: quant_method "fp8" (Hugging Face, vLLM, DeepSeek) and "compressed-tensors" with
 format "float-quantized". Which tensors are FP8 and how many scales each has is in the files, not here: see
-`engine.weight_scales`. Static scales of activations, and scales of a KV cache, are not used. Torch-free.
+`engine.weight_scales`, and `engine.kv_scales` for those of a KV cache. Static scales of activations are not used.
+Torch-free.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,13 @@ from engine.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Checkpoint:
-    """Weights are e4m3. `block`: so many rows and columns share a scale; None for one of a row or of a tensor."""
+    """Weights are e4m3. `block`: so many rows and columns share a scale; None for one of a row or of a tensor.
+
+    `has_kv_scales`: the checkpoint says that every layer has a scale for its keys and one for its values.
+    """
 
     block: tuple[int, int] | None = None
+    has_kv_scales: bool = False
 
     @classmethod
     def from_json(cls, config: ConfigJson) -> "Fp8Checkpoint | None":
@@ -33,7 +38,7 @@ class Fp8Checkpoint:
             form = quantization.text("format", default="of no format")
             method = f"{method}, {form}"
             if form == "float-quantized":
-                return cls(block=_block_of_groups(quantization))
+                return cls(block=_block_of_groups(quantization), has_kv_scales=_has_kv_scales(quantization))
         raise CheckpointError(
             f"{config.where}: the checkpoint is quantised ({method}); only float16, bfloat16, float32 and float64 "
             "weights are supported, and FP8 (e4m3) ones of quant_method fp8, or of compressed-tensors in the format "
@@ -54,6 +59,29 @@ def _block_of_groups(quantization: ConfigJson) -> tuple[int, int] | None:
     if len(blocks) > 1:
         raise CheckpointError(f"{groups.where}: groups with scales of several kinds of blocks are not supported.")
     return blocks.pop() if blocks else None
+
+
+def _has_kv_scales(quantization: ConfigJson) -> bool:
+    """Whether there is a `kv_cache_scheme`; raises `CheckpointError` for one that is not a scale for each tensor."""
+    if not quantization.has("kv_cache_scheme"):
+        return False
+    scheme = quantization.object("kv_cache_scheme")
+    kind, num_bits = scheme.text("type", default="float"), scheme.integer("num_bits", default=8)
+    strategy = scheme.text("strategy", default="tensor")
+    faults = (
+        (kind != "float" or num_bits != 8, f"KV caches of type {kind} in {num_bits} bits", "float in 8 bits"),
+        (strategy != "tensor", f"scales of a KV cache by {strategy}", "one for the keys of a layer and one for values"),
+        (not scheme.boolean("symmetric", True), "asymmetric scales of a KV cache", "symmetric ones"),
+        (
+            scheme.boolean("dynamic", False),
+            "scales of a KV cache found in every step",
+            "those of a calibration",
+        ),
+    )
+    for is_wrong, what, right in faults:
+        if is_wrong:
+            raise CheckpointError(f"{scheme.where}: {what} are not supported, only {right}.")
+    return True
 
 
 def _block(values: ConfigJson, key: str) -> tuple[int, int] | None:

@@ -10,15 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.kernels.fp8_product import QuantisedRows
 from engine.kernels.gpu import decode_config as decode_configs
 from engine.kernels.gpu import gemm_config as gemm_configs
-from engine.kernels.gpu.activation import silu_mul
+from engine.kernels.gpu.activation import silu_mul, silu_mul_fp8
 from engine.kernels.gpu.decode_attention import decode_attention
 from engine.kernels.gpu.decode_plan import DecodeScratch
 from engine.kernels.gpu.embedding import embedding
 from engine.kernels.gpu.gemm import gemm, is_loadable
 from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
-from engine.kernels.gpu.norm import add_rms_norm, rms_norm
+from engine.kernels.gpu.norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from engine.kernels.gpu.planned_draw import draw_planned
 from engine.kernels.gpu.prefill_attention import prefill_attention
 from engine.kernels.gpu.quantise import quantise_rows
@@ -51,8 +52,11 @@ def compute_with_kernels(model: Decoder, units: UnitsAtHand) -> None:
             case RMSNorm():
                 module.computed_by(partial(_norm, module, units))
                 module.of_sum = partial(_norm_of_sum, module, units)
+                module.quantised = partial(_norm_quantised, module)
+                module.quantised_of_sum = partial(_norm_quantised_of_sum, module)
             case SiluAndMul():
                 module.computed_by(partial(_gate, units))
+                module.quantised = _gate_quantised
             case EmbeddingShard():
                 module.computed_by(partial(_embed, module, units))
             case RotaryAndKVWrite():
@@ -99,6 +103,20 @@ def _norm(norm: RMSNorm, units: UnitsAtHand, hidden_TE: Tensor, *, output: Tenso
     return rms_norm(hidden_TE, norm.weight, norm.epsilon, output, num_ctas=units.grant.most_programs)
 
 
+def _norm_quantised(norm: RMSNorm, hidden_TE: Tensor) -> QuantisedRows:
+    return QuantisedRows(*rms_norm_fp8(hidden_TE, norm.weight, norm.epsilon), hidden_TE.dtype)
+
+
+def _norm_quantised_of_sum(norm: RMSNorm, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[QuantisedRows, Tensor]:
+    sum_TE = torch.empty_like(residual_TE)
+    values_TE, scales_T, _ = add_rms_norm_fp8(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE)
+    return QuantisedRows(values_TE, scales_T, hidden_TE.dtype), sum_TE
+
+
+def _gate_quantised(gate_up_TF: Tensor) -> QuantisedRows:
+    return QuantisedRows(*silu_mul_fp8(gate_up_TF), gate_up_TF.dtype)
+
+
 def _norm_of_sum(norm: RMSNorm, units: UnitsAtHand, hidden_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
     sum_TE, num_ctas = torch.empty_like(residual_TE), units.grant.most_programs
     return add_rms_norm(hidden_TE, residual_TE, norm.weight, norm.epsilon, new_residual_TE=sum_TE, num_ctas=num_ctas)
@@ -116,6 +134,7 @@ def _rotate(
     rotary: RotaryAndKVWrite, units: UnitsAtHand, qkv_TF: Tensor, step: StepInputs, *, output: Tensor | None = None
 ) -> Tensor:
     q_norm, k_norm = rotary.q_norm, rotary.k_norm
+    key_scale, value_scale = step.kv_cache.scales(rotary.layer)
     return rotate_and_write(
         qkv_TF,
         step.positions,
@@ -126,6 +145,8 @@ def _rotate(
         q_weight=None if q_norm is None else q_norm.weight,
         k_weight=None if k_norm is None else k_norm.weight,
         epsilon=0.0 if q_norm is None else q_norm.epsilon,
+        key_scale=key_scale,
+        value_scale=value_scale,
         query_THd=output,
         num_ctas=units.grant.most_programs,
     )
@@ -142,6 +163,7 @@ def _decode(
     if num_rows == 0:
         return output
     keys, values = step.kv_cache.layer(attention.layer)
+    key_scale, value_scale = step.kv_cache.scales(attention.layer)
     grant = units.grant
     num_ctas = _DECODE_CTAS * grant.num_units if grant.is_apart else grant.num_units
     config = _decode_config(query_DHd, keys, grant, num_ctas)
@@ -171,6 +193,8 @@ def _decode(
         num_sms=grant.num_units,
         scratch=scratch,
         window=attention.window,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output=output[:num_rows].view(query_DHd.shape),
         is_planned=is_planned,
         config=config,
@@ -206,6 +230,7 @@ def _prefill(
     if len(query_QHd) == 0:
         return output
     starts_P1, lengths_P = _chunks(step)
+    key_scale, value_scale = step.kv_cache.scales(attention.layer)
     prefill_attention(
         query_QHd,
         *step.kv_cache.layer(attention.layer),
@@ -214,6 +239,8 @@ def _prefill(
         lengths_P,
         scale=attention.scale,
         window=attention.window,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output=output.view(query_QHd.shape),
         num_ctas=units.grant.most_programs,
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoint import FP8, Checkpoint
 from engine.config import EngineConfig
 from engine.errors import CheckpointError
+from engine.kv_scales import kv_scale_faults
 from engine.model_config import ModelConfig
 from engine.weight_layout import ExpertNames, WeightSlice, own_expert_names, weight_layout
 from engine.weight_scales import WeightScales
@@ -127,6 +128,7 @@ def _checked(config: EngineConfig) -> tuple[Checkpoint, ExpertNames]:
             fault := WeightScales.of(checkpoint, part.tensor, config.model.fp8), str
         ):
             faults.append(fault)
+    faults += kv_scale_faults(checkpoint, config.model)
     if faults:
         shown = "; ".join(faults[:_MAX_FAULTS_SHOWN])
         more = f"; and {len(faults) - _MAX_FAULTS_SHOWN} more" if len(faults) > _MAX_FAULTS_SHOWN else ""

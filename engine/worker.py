@@ -24,13 +24,16 @@ from engine.gemm_peak import measure_gemm_peak
 from engine.gpu_model import use_gpu_kernels
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
+from engine.kv_scales import KVScales
 from engine.memory_budget import available_host_bytes, cache_budget, num_affordable_blocks
 from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
+from engine.network import network_of
 from engine.pending_step import PendingStep
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.agreed_captures import AgreedCaptures
+from engine.pipeline.capture import CaptureError
 from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
@@ -96,7 +99,7 @@ class Worker:
         self._tell_host = tell
         device = self._select_device()
         config = self.config = self._settled(device)
-        self.tensor_parallel = tensor_parallel = self._join_group()
+        self.tensor_parallel = tensor_parallel = self._join_group(device)
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device, in_fp8=config.in_fp8)
@@ -119,7 +122,7 @@ class Worker:
                 reserve_padded(config, pipeline, PlanChoice(pipeline.sequential, plans))
         self._workspace_bytes = self._meter.grown()
         num_blocks = self._agree_on_blocks(device)
-        cache = KVCache.allocate(config, num_blocks, device)
+        cache = KVCache.allocate(config, num_blocks, device, KVScales.read(config))
         self._model, self._cache = model, cache
         self._runner = ModelRunner(
             config,
@@ -142,16 +145,14 @@ class Worker:
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
-        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without."""
+        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
+
+        So on every rank, where it is so on one of them.
+        """
         try:
-            runner.pad_steps(Captures(device))
-        except (CaptureError, torch.OutOfMemoryError) as error:
+            runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
+        except CaptureError as error:
             self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
-        # All ranks pad the same steps: else they would exchange different numbers of rows.
-        if self._minimum(int(runner.padded is not None), device) == 0:
-            runner.padded = None
-        elif runner.padded is not None:
-            runner.padded.keep_planned(self._minimum(runner.padded.num_planned, device))
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""
@@ -231,7 +232,7 @@ class Worker:
             return settled(self.config, None)
         return settled(self.config, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
-    def _join_group(self) -> TensorParallel:
+    def _join_group(self, device: torch.device) -> TensorParallel:
         size = self.config.tensor_parallel
         if size == 1:
             return TensorParallel()
@@ -248,7 +249,7 @@ class Worker:
                 f"{self._timeout.total_seconds():.0f} s: {error}"
             ) from error
         self._owns_group = True
-        return TensorParallel(rank=self._rank, size=size, group=dist.group.WORLD)
+        return network_of(self.config, self._rank, device, self._timeout)
 
     def _check_weights_fit(self, device: torch.device) -> None:
         """Refuse before reading anything what cannot be held."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from gpu_parts.budget import NO_TIME, Budget
 from gpu_parts.ledger import Ledger, Row
+from gpu_parts.virtual_network import run_virtual_network
 from gpu_pipeline import SECONDS_PER_TRIAL, check_pipeline, measure_pipeline
 
 _LEAST_SECONDS = 10.0
@@ -24,6 +25,7 @@ def run_pipeline(ledger: Ledger, budget: Budget, device: torch.device, schedules
     for row in measure_pipeline(device, schedules, seconds):
         for timed in _timed(row):
             ledger.add(timed)
+    run_virtual_network(ledger, budget, device)
 
 
 def _checked(row: dict[str, Any]) -> Row:

@@ -5,6 +5,8 @@ who may have FP8 is decided by `engine.fp8_support`. Legend: T tokens, I inputs,
 expert.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,39 @@ _GROUPED_CAPABILITIES = ((9, 0), (10, 0))
 _GROUPED_MULTIPLE = 16
 
 
+class QuantisedRows(NamedTuple):
+    """Activations as e4m3 values [T, E] and float32 scales [T], which are of `dtype` everywhere else."""
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
 def fp8_product(
     input_TI: Tensor, weight_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None = None, output_TO: Tensor | None = None
 ) -> Tensor:
     """[T, I] -> [T, O] in the input's dtype, in `output_TO` if given."""
-    if output_TO is None:
-        output_TO = input_TI.new_empty(input_TI.shape[0], weight_OI.shape[0])
     if input_TI.shape[0] == 0:
+        return input_TI.new_empty(0, weight_OI.shape[0]) if output_TO is None else output_TO
+    rows = QuantisedRows(*quantised(input_TI), input_TI.dtype)
+    return product_of_quantised(rows, weight_OI, scales_O, bias_O, output_TO)
+
+
+def product_of_quantised(
+    rows: QuantisedRows,
+    weight_OI: Tensor,
+    scales_O: Tensor,
+    bias_O: Tensor | None = None,
+    output_TO: Tensor | None = None,
+) -> Tensor:
+    """The same of an input that is quantised already, by what made it: [T, I] -> [T, O]."""
+    values_TI, scales_T, dtype = rows
+    if output_TO is None:
+        output_TO = values_TI.new_empty(values_TI.shape[0], weight_OI.shape[0], dtype=dtype)
+    if values_TI.shape[0] == 0:
         return output_TO
-    values_TI, scales_T = quantised(input_TI)
-    if not input_TI.is_cuda:
-        result = scaled_gemm_reference(values_TI, scales_T, weight_OI, scales_O, bias_O, output_dtype=input_TI.dtype)
+    if not values_TI.is_cuda:
+        result = scaled_gemm_reference(values_TI, scales_T, weight_OI, scales_O, bias_O, output_dtype=dtype)
         return output_TO.copy_(result)
     from engine.kernels.gpu.scaled_gemm import scaled_gemm
 

@@ -25,8 +25,16 @@ _QUERY_TILE = 128
 LARGEST_CACHED = 2.0**50
 
 
-def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store each token's key and value at its slot, block id * S + offset, in place.
+def write_kv(
+    key_TKd: Tensor,
+    value_TKd: Tensor,
+    slots_T: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
+    """Store each token's key and value, over its scale, at its slot, block id * S + offset, in place.
 
     The cache stays finite whatever a model computes: a masked position is multiplied by zero, and zero times infinity
     would carry one request's overflow to the next owner of its blocks.
@@ -36,7 +44,9 @@ def write_kv(key_TKd: Tensor, value_TKd: Tensor, slots_T: Tensor, keys: Tensor, 
     tiles_TK = (slots_T // block_size)[:, None] * num_kv_heads + heads_K
     rows = (tiles_TK * block_size + (slots_T % block_size)[:, None]).flatten()
     largest = min(LARGEST_CACHED, torch.finfo(keys.dtype).max)
-    for cache, new_TKd in ((keys, key_TKd), (values, value_TKd)):
+    for cache, new_TKd, scale in ((keys, key_TKd, key_scale), (values, value_TKd, value_scale)):
+        if scale != 1.0:
+            new_TKd = new_TKd.float() / scale
         finite_TKd = new_TKd.nan_to_num(0.0).clamp_(-largest, largest)
         stored_TKd = finite_TKd.to(cache.dtype)
         if cache.element_size() == 1:
@@ -150,7 +160,7 @@ def _grouped(query_THd: Tensor, num_kv_heads: int) -> Tensor:
 
 def _compute_dtype(cache: Tensor) -> torch.dtype:
     """The type to attend in; see the module's docstring."""
-    if cache.element_size() == 1:  # FP8, of scale 1: it holds, and computes nothing
+    if cache.element_size() == 1:  # FP8: it holds, and computes nothing
         return torch.float32
     return torch.float32 if cache.element_size() == 2 and not cache.is_cuda else cache.dtype
 

@@ -1,9 +1,12 @@
 """The gate of a gated feed-forward (SwiGLU, arXiv 2002.05202)."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.kernels import fused
+from engine.kernels.fp8_product import QuantisedRows
 from engine.kernels.kernel import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
@@ -12,6 +15,8 @@ class SiluAndMul(Operation):
     """silu(gate) * up, where the input holds the gate's columns and then those of up."""
 
     resource = Resource.MEMORY
+    # The result in FP8, for a product that would quantise it, where a rank has a kernel that computes both.
+    quantised: Callable[[Tensor], QuantisedRows] | None = None
 
     def __init__(self, width: int) -> None:
         """`width` is F, the columns of the result on this rank."""

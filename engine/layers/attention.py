@@ -51,7 +51,8 @@ class RotaryAndKVWrite(Operation):
             query_THd, key_TKd = self.q_norm(query_THd), self.k_norm(key_TKd)
         cos_T1h, sin_T1h = self.rotary.at(step.positions)
         key_TKd = rotate(key_TKd, cos_T1h, sin_T1h)
-        reference.write_kv(key_TKd, value_TKd, step.slots, *step.kv_cache.layer(self.layer))
+        cache = step.kv_cache
+        reference.write_kv(key_TKd, value_TKd, step.slots, *cache.layer(self.layer), *cache.scales(self.layer))
         return rotate(query_THd, cos_T1h, sin_T1h)
 
     def kernel(self, dtype: str, block_size: int) -> Kernel | None:
@@ -119,6 +120,7 @@ class DecodeAttention(PagedAttention):
         keys, values = step.kv_cache.layer(self.layer)
         if self.compiled is not None:
             return self._compute_compiled(self.compiled, query_DHd, step).flatten(1)
+        key_scale, value_scale = step.kv_cache.scales(self.layer)
         output_DHd = reference.decode_attention(
             query_DHd,
             keys,
@@ -126,10 +128,10 @@ class DecodeAttention(PagedAttention):
             step.decode_block_tables,
             step.decode_lengths,
             step.max_decode_length,
-            self.scale,
+            self.scale * key_scale,
             self.window,
         )
-        return output_DHd.flatten(1)
+        return _scaled(output_DHd, value_scale).flatten(1)
 
     def _compute_compiled(self, compiled: CompiledKernel, query_DHd: Tensor, step: StepInputs) -> Tensor:
         if not step.decode_parts:
@@ -178,12 +180,14 @@ class PrefillAttention(PagedAttention):
         if query_QHd.shape[0] == 0:
             return query_QHd.flatten(1)
         keys, values = step.kv_cache.layer(self.layer)
+        key_scale, value_scale = step.kv_cache.scales(self.layer)
+        scale = self.scale * key_scale
         if not keys.is_cuda:
             plan = self._plan(query_QHd, keys, step)
             attended_QHd = prefill_attention(
-                query_QHd, keys, values, plan, scale=self.scale, window=self.window, compiled=self.compiled
+                query_QHd, keys, values, plan, scale=scale, window=self.window, compiled=self.compiled
             )
-            return attended_QHd.flatten(1)
+            return _scaled(attended_QHd, value_scale).flatten(1)
         output_QHd = reference.prefill_attention(
             query_QHd,
             keys,
@@ -191,10 +195,10 @@ class PrefillAttention(PagedAttention):
             step.prefill_block_tables,
             step.prefill_chunk_sizes,
             step.prefill_context_lengths,
-            self.scale,
+            scale,
             self.window,
         )
-        return output_QHd.flatten(1)
+        return _scaled(output_QHd, value_scale).flatten(1)
 
     def _plan(self, query_QHd: Tensor, keys: Tensor, step: StepInputs) -> PrefillPlan:
         """The one of all layers with this window."""
@@ -263,6 +267,11 @@ class JoinTokens(Operation):
         if shape.num_decodes == 0 or shape.num_prefills == 0:
             return Work()
         return Work(sharded_bytes=2 * shape.num_tokens * self.width * element_bytes)
+
+
+def _scaled(attended: Tensor, scale: float) -> Tensor:
+    """What was attended of values that are stored over their scale."""
+    return attended if scale == 1.0 else (attended.float() * scale).to(attended.dtype)
 
 
 def _visible(context: float, window: int | None) -> float:

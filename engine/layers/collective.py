@@ -23,13 +23,16 @@ class CollectiveOperation(Operation):
         """In a group of one there is nothing to exchange."""
         return self.tensor_parallel.size == 1
 
-    def start(self, output: Tensor, input: Tensor) -> Collective | None:
-        """Begin to compute `output`; None where it is there at once. Ranks must start theirs in the same order."""
+    def start(self, output: Tensor, input: Tensor, *, is_beside: bool = False) -> Collective | None:
+        """Begin to compute `output`; None where it is there at once. Ranks must start theirs in the same order.
+
+        `is_beside`: other work is computed meanwhile, for which the network should leave execution units.
+        """
         raise NotImplementedError
 
-    def into(self, output: Tensor, input: Tensor) -> None:  # type: ignore[override]
+    def into(self, output: Tensor, input: Tensor, *, is_beside: bool = False) -> None:  # type: ignore[override]
         """As `forward`, with the result in `output`, which may be the input itself where that `is_in_place`."""
-        collective = self.start(output, input)
+        collective = self.start(output, input, is_beside=is_beside)
         if collective is not None:
             collective.wait()
 
@@ -43,11 +46,11 @@ class AllReduce(CollectiveOperation):
         """[T, E] of this rank -> [T, E], the same on every rank."""
         return self.tensor_parallel.all_reduce(partial_TE)
 
-    def start(self, output_TE: Tensor, partial_TE: Tensor) -> Collective | None:
+    def start(self, output_TE: Tensor, partial_TE: Tensor, *, is_beside: bool = False) -> Collective | None:
         """Begin what `into` does; the result is there when the collective has been waited for."""
         if output_TE.data_ptr() != partial_TE.data_ptr():
             output_TE.copy_(partial_TE)
-        return self.tensor_parallel.start_all_reduce(output_TE)
+        return self.tensor_parallel.start_all_reduce(output_TE, is_beside=is_beside)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """A ring in two rounds: every rank sends (N - 1) / N of the values twice, and adds those it gets first."""
@@ -63,9 +66,9 @@ class AllGather(CollectiveOperation):
         """[T, V / size] of this rank -> [T, V], the same on every rank."""
         return self.tensor_parallel.all_gather(shard_TV)
 
-    def start(self, output_TV: Tensor, shard_TV: Tensor) -> Collective | None:
+    def start(self, output_TV: Tensor, shard_TV: Tensor, *, is_beside: bool = False) -> Collective | None:
         """Begin what `into` does; the result is there when the collective has been waited for."""
-        return self.tensor_parallel.start_all_gather(output_TV, shard_TV)
+        return self.tensor_parallel.start_all_gather(output_TV, shard_TV, is_beside=is_beside)
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """A ring in one round: every rank sends (N - 1) / N of the result, its own shard and those it passes on."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine.batch_shape import BatchShape
 from engine.kernels import packed
-from engine.kernels.fp8_product import fp8_product
+from engine.kernels.fp8_product import QuantisedRows, fp8_product, product_of_quantised
 from engine.kernels.kernel import Argument, Kernel
 from engine.model_config import ModelConfig
 from engine.operation import Operation, Resource, Work
@@ -61,6 +61,11 @@ class Linear(Operation):
         if self.weight.is_mkldnn:
             return packed.product(input_TI, self.weight, self.bias)
         return functional.linear(input_TI, self.weight, self.bias)
+
+    def of_quantised(self, input_TI: QuantisedRows) -> Tensor:
+        """As `forward`, bit for bit, of an input in FP8; for a weight in FP8."""
+        assert self.weight_scale is not None
+        return product_of_quantised(input_TI, self.weight, self.weight_scale, self.bias)
 
     def into(self, output_TO: Tensor, input_TI: Tensor) -> None:  # type: ignore[override]
         """As `forward`, bit for bit; without a copy, but for packed weights, whose product has no such form."""

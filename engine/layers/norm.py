@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.batch_shape import BatchShape
 from engine.kernels import fused
+from engine.kernels.fp8_product import QuantisedRows
 from engine.kernels.kernel import Argument, Kernel
 from engine.operation import Operation, Resource, Work
 
@@ -21,6 +22,9 @@ class RMSNorm(Operation):
     resource = Resource.MEMORY
     # The norm of the sum of two hidden states, and that sum, where a rank has a kernel that computes both.
     of_sum: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    # The same, and the norm itself, with the norm in FP8: for products that would quantise it.
+    quantised: Callable[[Tensor], QuantisedRows] | None = None
+    quantised_of_sum: Callable[[Tensor, Tensor], tuple[QuantisedRows, Tensor]] | None = None
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()

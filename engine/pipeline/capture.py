@@ -18,6 +18,10 @@ class CaptureError(RuntimeError):
     """The computation waits for the device somewhere, which a graph cannot."""
 
 
+class CaptureMemoryError(CaptureError):
+    """There is no memory left for this graph; a smaller one may still fit."""
+
+
 class Captures:
     """Makes captured runs on one device, all on one stream and in one memory pool; one thread at a time.
 
@@ -35,6 +39,11 @@ class Captures:
         for the device: that is found out before anything is recorded, because a recording that breaks off leaves
         torch's allocator in a state of its own.
         """
+        self.rehearse(run)
+        return self.record(run)
+
+    def rehearse(self, run: Callable[[], object]) -> None:
+        """Call `run` twice for real, the second time so that waiting for the device raises `CaptureError`."""
         caller = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(caller)
         try:
@@ -42,10 +51,13 @@ class Captures:
                 run()  # libraries initialise themselves, buffers are made
                 with _without_waiting():
                     run()
-        except CaptureError:
+        except (CaptureError, torch.OutOfMemoryError):
             torch.cuda.synchronize(self._stream.device)  # it broke off before its streams were joined
             raise
         caller.wait_stream(self._stream)
+
+    def record(self, run: Callable[[], Result]) -> "CapturedRun[Result]":
+        """The graph of what `run` launches, once it has been rehearsed."""
         graph = torch.cuda.CUDAGraph()
         # Thread-local, as NCCL's watchdog thread looks at events meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):

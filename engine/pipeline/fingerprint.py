@@ -138,7 +138,9 @@ def _network_text(config: EngineConfig) -> str:
     if config.tensor_parallel == 1:
         return "none"
     if config.device is DeviceKind.CUDA:
-        return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        symmetric = "as measured" if config.symmetric_bytes is None else f"{config.symmetric_bytes} bytes"
+        return f"nccl {version}, {config.network_ctas} units beside others, symmetric memory {symmetric}"
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or _own_interface()
     speed = _link_speed(Path("/sys/class/net") / interface / "speed")
     return ", ".join(part for part in (f"gloo over {interface}", speed, _shaping(interface)) if part)

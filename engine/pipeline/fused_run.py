@@ -1,15 +1,21 @@
 """`FusedRun`: the plain run of all layers, where additions are computed together with the norms of their sums.
 
 The residual stream is then written and read once less in every half of a layer, the next layer's first norm included.
-Which pairs there are is found out once, from the layers' graphs; whether a norm can be computed so, it says itself
-(`RMSNorm.of_sum`). Everything else is computed by the operations, one after the other, on the current stream.
+What only products in FP8 read, norms and gates make in FP8, rather than the product in a launch of its own. Which of
+both there are is found out once, from the layers' graphs; whether a norm or a gate can be computed so, it says itself
+(`RMSNorm.of_sum`, `quantised`). Everything else is computed by the operations, one after the other, on the current
+stream.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from engine.kernels.fp8_product import QuantisedRows
+from engine.layers.activation import SiluAndMul
+from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.pipeline.chain import BoundCall
 from engine.pipeline.graph import LAYER_INPUT
@@ -19,11 +25,15 @@ from engine.step_inputs import StepInputs
 
 @dataclass(frozen=True, slots=True)
 class _Instruction:
-    """A call; an addition whose sum the norm `norm` (of the `in_next` layer, or of this one) is of has that, too."""
+    """A call; an addition whose sum the norm `norm` (of the `in_next` layer, or of this one) is of has that, too.
+
+    `quantises`: the norm, or what is called, makes its value in FP8.
+    """
 
     call: BoundCall
     norm: BoundCall | None = None
     in_next: bool = False
+    quantises: bool = False
 
 
 class FusedRun:
@@ -32,6 +42,7 @@ class FusedRun:
     def __init__(self, programs: Sequence[LayerProgram]) -> None:
         self._outputs = [program.graph.output for program in programs]
         layers = [[call for bound in program.plain for call in bound.calls] for program in programs]
+        in_fp8 = [_in_fp8(calls, output) for calls, output in zip(layers, self._outputs, strict=True)]
         self._layers: list[list[_Instruction]] = []
         done: set[str] = set()  # norms of this layer that are computed with an addition before them
         for index, calls in enumerate(layers):
@@ -48,7 +59,8 @@ class FusedRun:
                         norm, in_next = _norm_of(LAYER_INPUT, following), True
                         done_next |= set() if norm is None else {norm.name}
                 if call.name not in done:
-                    instructions.append(_Instruction(call, norm, in_next))
+                    made, layer = (call, index) if norm is None else (norm, index + in_next)
+                    instructions.append(_Instruction(call, norm, in_next, made.name in in_fp8[layer]))
             self._layers.append(instructions)
             done = done_next
 
@@ -57,22 +69,53 @@ class FusedRun:
         """How many additions are computed together with a norm."""
         return sum(each.norm is not None for instructions in self._layers for each in instructions)
 
+    @property
+    def num_quantised(self) -> int:
+        """How many values are made in FP8."""
+        return sum(each.quantises for instructions in self._layers for each in instructions)
+
     def __call__(self, hidden_TE: Tensor, step: StepInputs) -> Tensor:
         """Hidden states before the first layer -> behind the last, [T, E]."""
-        values = {LAYER_INPUT: hidden_TE}
+        values: dict[str, Any] = {LAYER_INPUT: hidden_TE}
         for instructions, output in zip(self._layers, self._outputs, strict=True):
-            following: dict[str, Tensor] = {}
+            following: dict[str, Any] = {}
             for each in instructions:
                 inputs = [values[value] for value in each.call.values]
                 if each.norm is None:
-                    values[each.call.name] = each.call.compute(inputs, step)[0]
+                    values[each.call.name] = _computed(each, inputs, step)
                     continue
                 norm = each.norm.operation
-                assert isinstance(norm, RMSNorm) and norm.of_sum is not None
-                normed_TE, values[each.call.name] = norm.of_sum(*inputs)
+                assert isinstance(norm, RMSNorm)
+                of_sum = norm.quantised_of_sum if each.quantises else norm.of_sum
+                assert of_sum is not None
+                normed_TE, values[each.call.name] = of_sum(*inputs)
                 (following if each.in_next else values)[each.norm.name] = normed_TE
             values = {LAYER_INPUT: values[output], **following}
-        return values[LAYER_INPUT]
+        hidden_TE = values[LAYER_INPUT]
+        return hidden_TE
+
+
+def _computed(each: _Instruction, inputs: Sequence[Any], step: StepInputs) -> Tensor | QuantisedRows:
+    """The value of a call; of a tensor in FP8 where a product's input is made so."""
+    operation = each.call.operation
+    if each.quantises:
+        assert isinstance(operation, RMSNorm | SiluAndMul) and operation.quantised is not None
+        return operation.quantised(*inputs)
+    if isinstance(operation, Linear) and isinstance(inputs[0], QuantisedRows):
+        return operation.of_quantised(inputs[0])
+    return each.call.compute(inputs, step)[0]
+
+
+def _in_fp8(calls: Sequence[BoundCall], output: str) -> set[str]:
+    """The values of norms and gates that products with weights in FP8 read, and nothing else does."""
+    found = set()
+    for call in calls:
+        operation = call.operation
+        if isinstance(operation, RMSNorm | SiluAndMul) and operation.quantised is not None and call.name != output:
+            readers = [reader.operation for reader in calls if call.name in reader.values]
+            if readers and all(isinstance(each, Linear) and each.weight_scale is not None for each in readers):
+                found.add(call.name)
+    return found
 
 
 def _norm_of(value: str, calls: Sequence[BoundCall]) -> BoundCall | None:

@@ -73,7 +73,7 @@ class LayerBench:
         source_zeros = zeros if is_shared else torch.zeros_like(source)
 
         def start() -> Collective | None:
-            return operation.start(zeros, source_zeros)
+            return operation.start(zeros, source_zeros, is_beside=True)  # as plans run it
 
         def run() -> None:
             flight = start()

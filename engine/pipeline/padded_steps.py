@@ -10,11 +10,9 @@ import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 
-import torch
-
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.padded_inputs import PaddedInputs
@@ -45,18 +43,18 @@ class PaddedSteps:
     ) -> None:
         """Without `captures` they are launched operation by operation.
 
-        Raises `CaptureError` where the model waits for the device.
+        A size whose graph finds no memory is left out. Raises `CaptureError` where the model waits for the device or
+        no graph at all finds memory.
         """
         self._layers = layers
         self._sequential = sequential
         self._captures = captures
         self._max_batch_tokens = max_batch_tokens
-        self._sizes = token_sizes(max_batch_tokens)
-        self._whole = {size: layers.sequential(size) for size in self._sizes}
+        self._whole = {size: layers.sequential(size) for size in token_sizes(max_batch_tokens)}
         self._planned: list[tuple[int, Schedule, PaddedStep]] = []
         if captures is not None:
-            for size in reversed(self._sizes):  # the others fit into the memory of the largest
-                self._whole[size].capture(captures, layers.inputs)
+            self._capture_whole(captures)
+        self._sizes = tuple(self._whole)
 
     @property
     def inputs(self) -> PaddedInputs:
@@ -82,17 +80,13 @@ class PaddedSteps:
                     step.capture(self._captures, self.inputs)
             except ScheduleError as error:
                 _log.info("Batches of a plan that are padded to %d tokens run sequentially: %s", size, error)
-            except (CaptureError, torch.OutOfMemoryError) as error:
+            except CaptureError as error:
                 reason = str(error).splitlines()[0]
                 _log.warning("Batches of a plan that are padded to %d tokens run sequentially: %s", size, reason)
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, CaptureMemoryError):
                     return
             else:
                 self._planned.append((size, schedule, step))
-
-    def keep_planned(self, count: int) -> None:
-        """Have the first so many steps by plans alone: what every rank of the group could have."""
-        del self._planned[count:]
 
     def of(self, batch: Batch, schedule: Schedule) -> PaddedBatch | None:
         """The step for a batch that is to run by a schedule, by that one if possible; None if it fits none."""
@@ -106,6 +100,17 @@ class PaddedSteps:
             if dealt is not None:
                 return PaddedBatch(step=step, dealt=dealt, schedule=by)
         return None
+
+    def _capture_whole(self, captures: Captures) -> None:
+        """The largest first: the others fit into its memory."""
+        for size in sorted(self._whole, reverse=True):
+            try:
+                self._whole[size].capture(captures, self.inputs)
+            except CaptureMemoryError as error:
+                del self._whole[size]
+                if not self._whole:
+                    raise
+                _log.warning("Steps of %d tokens are no CUDA graph: %s", size, error)
 
 
 def reserve_padded(config: EngineConfig, pipeline: Pipeline, plans: PlanChoice) -> None:

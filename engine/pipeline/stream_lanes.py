@@ -136,7 +136,8 @@ class StreamLanes:
         """Queue a node's calls on the stream that is current now."""
         first = bound.calls[0].operation
         if isinstance(first, CollectiveOperation):
-            first.into(*values.network_tensors(bound, layer, *tokens))  # the waiting in it is the stream's
+            # The waiting in it is the stream's. Where lanes overlap, it runs beside what the others compute.
+            first.into(*values.network_tensors(bound, layer, *tokens), is_beside=bool(self._sides))
         elif self._grants is None or grant is None:
             values.run(bound, layer, *tokens, stopwatch)
         else:

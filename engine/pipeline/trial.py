@@ -21,7 +21,7 @@ from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.pending_step import StepClock
-from engine.pipeline.capture import Captures
+from engine.pipeline.agreed_captures import AgreedCaptures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
@@ -66,7 +66,7 @@ class Trial:
         self._tensor_parallel = tensor_parallel
         self._device = torch.device(config.device.value)
         self._lanes = {overlaps: lanes_for(self._device, overlaps=overlaps) for overlaps in (False, True)}
-        self._captures = Captures(self._device) if self._device.type == "cuda" else None
+        self._captures = AgreedCaptures(self._device, tensor_parallel) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(

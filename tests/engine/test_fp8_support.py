@@ -29,7 +29,7 @@ def on_gpu(engine_config: MakeConfig) -> MakeConfig:
 @pytest.mark.parametrize("capability", [L4, H200, B200])
 def test_devices_that_have_it(on_gpu: MakeConfig, capability: tuple[int, int]) -> None:
     config = on_gpu(product_format=FP8)
-    assert settled(config, capability) == config
+    assert settled(config, capability, has_triton=True) == config
     assert (config.in_fp8, config.number_format, config.cache_format) == (True, FP8, FP8)
     assert config.dtype is DType.BFLOAT16
 
@@ -62,13 +62,31 @@ def test_auto_takes_what_checkpoint_and_device_have(
     config = on_gpu()
     if stored_fp8:
         config = replace(config, model=replace(config.model, fp8=Fp8Checkpoint()))
-    found = settled(config, capability)
+    found = settled(config, capability, has_triton=True)
     assert (found.product_format, found.cache_format, found.dtype) == (expected, expected, DType.BFLOAT16)
-    assert settled(found, capability) == found
+    assert settled(found, capability, has_triton=True) == found
+
+
+def test_products_on_a_gpu_need_triton(on_gpu: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named where it lacks; a cache in FP8 beside other products does without, and so does what was left open."""
+    with pytest.raises(ConfigError) as lacking:
+        settled(on_gpu(product_format=FP8), H200, has_triton=False)
+    assert str(lacking.value) == (
+        "FP8 matrix products on a GPU need Triton, whose kernels quantise their inputs, and this Python has none: "
+        "install triton in the version that torch names, or use dtype bfloat16."
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="need Triton"):
+        settled(on_gpu(product_format=FP8), H200)
+    with pytest.raises(ConfigError, match="has no FP8 matrix products"):  # what lacks first is the device
+        settled(on_gpu(product_format=FP8), A100)
+    assert settled(on_gpu(kv_cache_format=FP8), H200).cache_format is FP8
+    config = on_gpu()
+    assert settled(replace(config, model=replace(config.model, fp8=Fp8Checkpoint())), H200).number_format is BFLOAT16
 
 
 def test_a_cache_of_its_own(on_gpu: MakeConfig) -> None:
-    assert settled(on_gpu(product_format=FP8, kv_cache_format=BFLOAT16), H200).cache_format is BFLOAT16
+    assert settled(on_gpu(product_format=FP8, kv_cache_format=BFLOAT16), H200, has_triton=True).cache_format is BFLOAT16
     assert settled(on_gpu(kv_cache_format=FP8), H200).cache_format is FP8
     with pytest.raises(ConfigError, match="kv_cache_dtype float16 does not go with activations in bfloat16: auto, fp8"):
         on_gpu(kv_cache_format=NumberFormat.FLOAT16)

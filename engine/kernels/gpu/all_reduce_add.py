@@ -13,7 +13,6 @@ Legend: T tokens, E hidden.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,18 +33,24 @@ def add_partials(
     residual_TE: Tensor | None = None,
     num_ctas: int | None = None,
 ) -> Tensor:
-    """The sum of 1..8 tensors [T, E], plus the residual if there is one; the output may be one of the inputs."""
+    """The sum of 1..8 tensors [T, E], plus the residual if there is one; the output may be one of the inputs.
+
+    The partial results may be slices of wider rows, all of the same width: ranks side by side.
+    """
     if not 1 <= len(partials) <= MAX_RANKS:
         raise ConfigError(f"{len(partials)} partial results were given: 1..{MAX_RANKS} can be added.")
     first_TE = partials[0]
-    check_floating("partials[0]", first_TE, 2)
     shape, dtype = tuple(first_TE.shape), first_TE.dtype
+    gap = _gap(first_TE)
+    check_floating("partials[0]", first_TE[:0] if gap else first_TE, 2)
     for rank, partial_TE in enumerate(partials):
+        if gap and partial_TE.shape == shape and partial_TE.dtype == dtype and _gap(partial_TE) == gap:
+            continue
         check_argument(f"partials[{rank}]", partial_TE, shape, dtype)
     if residual_TE is not None:
         check_argument("residual_TE", residual_TE, shape, dtype)
     if output_TE is None:
-        output_TE = torch.empty_like(first_TE)
+        output_TE = first_TE.new_empty(shape)
     check_argument("output_TE", output_TE, shape, dtype)
     size = first_TE.numel()
     num_inputs = len(partials) + (residual_TE is not None)
@@ -58,6 +63,8 @@ def add_partials(
             first_TE if residual_TE is None else residual_TE,
             output_TE,
             size,
+            gap,
+            WIDTH=shape[1] if gap else 0,
             NUM_RANKS=len(partials),
             HAS_RESIDUAL=residual_TE is not None,
             BLOCK=_TILE,
@@ -65,6 +72,14 @@ def add_partials(
             num_warps=_WARPS,
         )
     return output_TE
+
+
+def _gap(partial_TE: Tensor) -> int:
+    """Elements of other ranks between two rows of this one's."""
+    num_rows, width = partial_TE.shape if partial_TE.dim() == 2 else (0, 0)
+    if num_rows == 0 or width == 0 or partial_TE.is_contiguous() or partial_TE.stride(1) != 1:
+        return 0
+    return max(0, partial_TE.stride(0) - width)
 
 
 @triton.jit
@@ -80,6 +95,8 @@ def add_partials_kernel(
     residual: tl.tensor,
     output: tl.tensor,
     size: tl.tensor,
+    gap: tl.tensor,
+    WIDTH: tl.constexpr,
     NUM_RANKS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,21 +107,24 @@ def add_partials_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0), num_stages=STAGES):
         places = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = places < size
-        total = tl.load(partial_0 + places, mask=inside, other=0.0).to(tl.float32)
+        sources = places
+        if WIDTH:
+            sources += (places // WIDTH) * gap
+        total = tl.load(partial_0 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 1:
-            total += tl.load(partial_1 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_1 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 2:
-            total += tl.load(partial_2 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_2 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 3:
-            total += tl.load(partial_3 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_3 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 4:
-            total += tl.load(partial_4 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_4 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 5:
-            total += tl.load(partial_5 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_5 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 6:
-            total += tl.load(partial_6 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_6 + sources, mask=inside, other=0.0).to(tl.float32)
         if NUM_RANKS > 7:
-            total += tl.load(partial_7 + places, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(partial_7 + sources, mask=inside, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             rounded = narrow(total, dtype).to(tl.float32)
             total = rounded + tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)

@@ -43,7 +43,7 @@ def test_queries_are_rotated_and_keys_written_as_by_separate_operations(
             fused.rms_norm(each, weight, epsilon=1e-5) for each, weight in zip((query, key), weights, strict=True)
         )
     angles = table_Md[positions_T][:, None].chunk(2, dim=-1)
-    reference.write_kv(fused.rotate(key, *angles), value, slots_T, *caches[:2])
+    reference.write_kv(fused.rotate(key, *angles), value, slots_T, caches[0], caches[1])
 
     inputs = (qkv_TF, positions_T, slots_T, *caches[2:], table_Md)
     rotated = (

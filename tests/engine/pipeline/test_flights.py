@@ -59,7 +59,7 @@ class LateRank(TensorParallel):
     def all_reduce(self, partial: Tensor) -> Tensor:
         return partial
 
-    def start_all_reduce(self, partial: Tensor) -> Collective:
+    def start_all_reduce(self, partial: Tensor, *, is_beside: bool = False) -> Collective:
         return Late(partial)
 
     def all_gather(self, shard: Tensor) -> Tensor:

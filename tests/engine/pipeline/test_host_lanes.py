@@ -71,7 +71,7 @@ class Reduce(CollectiveOperation):
         super().__init__(TensorParallel(), 1)
         self._clock, self._seconds = clock, seconds
 
-    def start(self, output: Tensor, input: Tensor) -> Any:
+    def start(self, output: Tensor, input: Tensor, *, is_beside: bool = False) -> Any:
         self._clock.take(LAUNCH)
         return Flying(self._clock, self._seconds)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.lanes import lanes_for
@@ -212,7 +212,7 @@ class Refusing:
 
 @pytest.mark.parametrize(
     ("captures", "num_refused"),
-    [(None, 0), (Refusing(CaptureError("It waits.")), 2), (Refusing(torch.OutOfMemoryError("No\nmemory.")), 1)],
+    [(None, 0), (Refusing(CaptureError("It waits.")), 2), (Refusing(CaptureMemoryError("No\nmemory.")), 1)],
     ids=["launched", "refused", "no memory"],
 )
 def test_batches_run_by_their_plan_where_it_can_be_had(
@@ -238,24 +238,23 @@ def test_batches_run_by_their_plan_where_it_can_be_had(
         assert all("padded to 32 tokens run sequentially" in record.message for record in caplog.records)
 
 
-def test_ranks_keep_what_all_of_them_have_and_other_plans_can_follow() -> None:
+def test_other_plans_can_follow() -> None:
     runner = runner_of(config_of(Architecture.LLAMA, max_batch_tokens=32), kernels=True)
     schedule = halves(runner.pipeline.graph)
     runner.plans = PlanChoice(runner.pipeline.sequential, plan_set((4, 28, schedule), (16, 16, PLAN)))
     runner.pad_steps(None)
     assert runner.padded is not None and runner.padded.num_planned == 2
-    runner.padded.keep_planned(1)
     batch = BatchScript(NUM_BLOCKS, 16)
     batch.admit(1, PROMPTS[1], GREEDY)
     dense = batch.step(prefills=[(1, 32)])
-    kept = [runner.padded.of(dense, each) for each in (schedule, PLAN)]
-    assert [each.schedule if each else None for each in kept] == [schedule, runner.pipeline.sequential]
+    found = [runner.padded.of(dense, each) for each in (schedule, PLAN)]
+    assert [each.schedule if each else None for each in found] == [schedule, PLAN]
     runner.use(PlanChoice(runner.pipeline.sequential), overlaps=False)
     assert runner.padded.num_planned == 0
     runner.use(PlanChoice(PLAN), overlaps=False)
     assert runner.padded.num_planned == 3, "32, 16 and 8 rows: fewer are too few for its nano-batches"
-    found = runner.padded.of(dense, PLAN)
-    assert found is not None and found.schedule == PLAN
+    planned = runner.padded.of(dense, PLAN)
+    assert planned is not None and planned.schedule == PLAN
 
 
 def test_memory_for_plans_is_taken_before_they_are_captured() -> None:

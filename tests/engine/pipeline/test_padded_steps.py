@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
 from engine.pipeline.padded_inputs import packed_step
 from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket
 from engine.request import SamplingParams
@@ -125,7 +124,7 @@ def test_all_graphs_lie_in_one_pool() -> None:
         assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
 
 
-@pytest.mark.parametrize("error", [CaptureError("It waits."), torch.OutOfMemoryError("It waits.\nFor memory.")])
+@pytest.mark.parametrize("error", [CaptureError("It waits."), CaptureMemoryError("It waits.\nFor memory.")])
 def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception) -> None:
     class Refusing:
         def capture(self, run: object) -> None:
@@ -137,7 +136,7 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception
     worker = Worker(config)
     worker._tell_host = told.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.worker.Captures", lambda device: Refusing())
+        patch.setattr("engine.worker.AgreedCaptures", lambda *_: Refusing())
         worker._capture_steps(runner, CUDA)
     assert runner.padded is None
     assert told == ["no step becomes a CUDA graph. It waits."]

@@ -50,6 +50,7 @@ class _Recorder:
         self.cuda = cuda
         self.launched: list[Launch] = []
         self.spared: list[int | None] = []
+        self.beside: set[bool] = set()  # whether collectives were told that others run meanwhile
         self.programs = [cast(LayerProgram, SimpleNamespace(nodes=self._bound(graph)))] * NUM_LAYERS
 
     def run(self, bound: Any, layer: int, start: int, stop: int, stopwatch: Stopwatch) -> None:
@@ -67,7 +68,8 @@ class _Recorder:
         recorder = self
 
         class Collective(CollectiveOperation):
-            def into(self, output: Any, input: Any) -> None:  # type: ignore[override]
+            def into(self, output: Any, input: Any, *, is_beside: bool = False) -> None:  # type: ignore[override]
+                recorder.beside.add(is_beside)
                 recorder._note(output)
 
         return {
@@ -203,9 +205,9 @@ def test_shares_hold_for_the_launches_of_their_step_and_only_where_lanes_overlap
         spared = {launch[0] + str(launch[2]): number for launch, number in notes}
         assert spared["up2"] == 40 and spared["attend0"] == NUM_UNITS - 40
         assert {spared[name] for name in spared.keys() - {"up2", "attend0"}} == {None}
-        assert torch._C._get_sm_carveout_experimental() is None
+        assert torch._C._get_sm_carveout_experimental() is None and recorder.beside == {True}
         recorder = _run(cuda, StreamLanes(DEVICE, overlaps=False), CHAIN, order, _full(TWO_LANES))
-        assert set(recorder.spared) == {None}
+        assert set(recorder.spared) == {None} and recorder.beside == {False}
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

@@ -31,6 +31,7 @@ ADD = {
     "residual": "*bf16",
     "output": "*bf16",
     "size": "i32",
+    "gap": "i32",
 }
 EMBEDDING = {
     "tokens": "*i64",
@@ -136,12 +137,13 @@ def test_gate(sm90: Sm90Compiler) -> None:
     assert narrow_accesses(resources, "ld") == []
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-def test_sum_embedding_and_quantising(sm90: Sm90Compiler, stages: int) -> None:
+@pytest.mark.parametrize(("stages", "width"), [(1, 0), (3, 0), (3, 4096)])
+def test_sum_embedding_and_quantising(sm90: Sm90Compiler, stages: int, width: int) -> None:
+    """`width`: of partial results that lie side by side."""
     constants: dict[str, object] = {"BLOCK": 4096, "STAGES": stages}
-    ranks = {"NUM_RANKS": 2, "HAS_RESIDUAL": True}
+    ranks = {"NUM_RANKS": 2, "HAS_RESIDUAL": True, "WIDTH": width}
     name = PACKAGE + "all_reduce_add:add_partials_kernel"
-    total = sm90.compiled(name, ADD, constants | ranks, 8, 3, divisible=["size"])
+    total = sm90.compiled(name, ADD, constants | ranks, 8, 3, divisible=["size", "gap"])
     embedding = sm90.compiled(PACKAGE + "embedding:embedding_kernel", EMBEDDING, constants, 8, 3, divisible=["width"])
     quantise = sm90.compiled(PACKAGE + "quantise:quantise_rows_kernel", QUANTISE, constants, 8, 3, divisible=["width"])
     for resources, num_scalars in ((total, 0), (embedding, 1), (quantise, 0)):
@@ -184,8 +186,8 @@ def test_threshold(sm90: Sm90Compiler, logits: str) -> None:
         (
             "all_reduce_add:add_partials_kernel",
             ADD,
-            ("size",),
-            {"NUM_RANKS": 1, "HAS_RESIDUAL": False, "BLOCK": 64, "STAGES": 1},
+            ("size", "gap"),
+            {"NUM_RANKS": 1, "HAS_RESIDUAL": False, "WIDTH": 1, "BLOCK": 64, "STAGES": 1},
         ),
         (
             "embedding:embedding_kernel",
