@@ -26,6 +26,7 @@ from engine.layers.embedding import EmbeddingShard
 from engine.layers.mixture_of_experts import GroupedExperts
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder
+from engine.pipeline.capture import refuse_in_capture
 from engine.step_inputs import StepInputs
 
 # Programs of decode attention on a unit: one's products hide behind the other's loads.
@@ -166,6 +167,7 @@ def _chunks(step: StepInputs) -> tuple[Tensor, Tensor]:
     """Starts and context lengths on the device; of a step that has none there, made from the host's, at a wait."""
     if step.prefill_starts is not None and step.prefill_lengths is not None:
         return step.prefill_starts, step.prefill_lengths
+    refuse_in_capture("a copy of the chunks' starts and lengths from the host")
     sizes, device = torch.tensor((0, *step.prefill_chunk_sizes)), step.tokens.device
     return sizes.cumsum(0).to(device), torch.tensor(step.prefill_context_lengths, device=device)
 
@@ -187,5 +189,6 @@ def _experts(
         normalise=experts.normalise,
         round_scores=experts.round_scores,
         num_sms=num_sms,
+        num_tokens=experts.num_tokens,
         output=output,
     )

@@ -8,6 +8,8 @@ rows are drawn differs. All operations must be computed by kernels that read len
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
+from engine.layers.mixture_of_experts import GroupedExperts
 from engine.models.decoder import Decoder
 from engine.padded_inputs import PaddedInputs
 from engine.pipeline.capture import CapturedRun, Captures
@@ -33,6 +36,7 @@ class PaddedSteps:
     ) -> None:
         self._embedding = model.embed_tokens
         self._layers = FusedRun(pipeline.programs)
+        self._experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
         self._width = config.model.num_heads // config.tensor_parallel * config.model.head_dim
         self.buckets = token_buckets(config.max_batch_tokens, config.max_sequences)
         self.inputs = PaddedInputs(self.buckets, pool, kv_cache)
@@ -64,5 +68,18 @@ class PaddedSteps:
 
     def _run(self, bucket: TokenBucket) -> Tensor:
         step = self.inputs.step(bucket, self._hidden_TE.new_empty(bucket.num_tokens, self._width))
-        # In one place for all graphs: none has to keep its own.
-        return self._hidden_TE[: bucket.num_tokens].copy_(self._layers(self._embedding(step), step))
+        assert step.prefill_starts is not None
+        with self._experts_of(step.prefill_starts[-1:]):
+            # In one place for all graphs: none has to keep its own.
+            return self._hidden_TE[: bucket.num_tokens].copy_(self._layers(self._embedding(step), step))
+
+    @contextmanager
+    def _experts_of(self, num_tokens: Tensor) -> Iterator[None]:
+        """Inside, no row from this one on goes to any expert: the last chunk's end, behind which rows are padding."""
+        for experts in self._experts:
+            experts.num_tokens = num_tokens
+        try:
+            yield
+        finally:
+            for experts in self._experts:
+                experts.num_tokens = None

@@ -68,8 +68,8 @@ def attend_shares(
     tokens_L = tl.arange(0, TILE)
     dims_d = tl.arange(0, WIDTH)
     heads_R = tl.arange(0, ROWS)
-    head = first // num_tiles
-    tile = first % num_tiles
+    head = first // tl.maximum(num_tiles, 1)
+    tile = first % tl.maximum(num_tiles, 1)
     row = tl.load(tiles + tile)
     bounds = tl.load(tiles + capacity + tile)
     place = _place(places, tile, tokens_L, BLOCK_SIZE, TILE)
