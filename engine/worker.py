@@ -30,7 +30,7 @@ from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import Captures
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.tensor_bytes import tensor_bytes
@@ -138,11 +138,19 @@ class Worker:
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
-        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without."""
+        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
+
+        Ranks do as the others do: their collectives are of padded steps, or all of steps as large as their batches.
+        """
+        refusal = ""
         try:
             runner.pad_steps(Captures(device))
-        except (CaptureError, torch.OutOfMemoryError) as error:
-            self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # torch's own of captures and of memory are, and `CaptureError`
+            refusal = str(error).partition("\n")[0] or type(error).__name__
+        if self._minimum(not refusal, device):
+            return
+        runner.padded = None
+        self._tell(f"no step becomes a CUDA graph. {refusal or 'Another rank of the group could not record one.'}")
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""
