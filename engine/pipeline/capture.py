@@ -49,20 +49,19 @@ class Captures:
         """Call `run` twice for real, the second time so that waiting for the device raises `CaptureError`."""
         caller = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(caller)
-        with self._breaking_off_in_order(caller):
-            with torch.cuda.stream(self._stream):
-                run()  # libraries initialise themselves, buffers are made
-                with _without_waiting():
-                    run()
+        with self._breaking_off_in_order(caller), torch.cuda.stream(self._stream):
+            run()  # libraries initialise themselves, buffers are made
+            with _without_waiting():
+                run()
         caller.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Result]) -> "CapturedRun[Result]":
         """The graph of what `run` launches, once it has been rehearsed."""
         graph = torch.cuda.CUDAGraph()
-        with self._breaking_off_in_order(torch.cuda.current_stream(self._stream.device)):
-            # Thread-local, as NCCL's watchdog thread looks at events meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = run()
+        # Thread-local, as NCCL's watchdog thread looks at events meanwhile.
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with self._breaking_off_in_order(torch.cuda.current_stream(self._stream.device)), recording:
+            result = run()
         return CapturedRun(graph, result, run)
 
     @contextmanager
