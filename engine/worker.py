@@ -79,6 +79,7 @@ class Worker:
         self._cache: KVCache | None = None
         self._cache_budget = 0
         self._workspace_bytes = 0
+        self._step_bytes = 0
 
     def start(
         self,
@@ -108,7 +109,7 @@ class Worker:
         self._meter.mark()
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
+        self._step_bytes = warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
@@ -267,8 +268,11 @@ class Worker:
         self._minimum(0, device)  # nobody counts free memory before everybody has loaded
         failure: CapacityError | None = None
         num_blocks = 0
+        if device.type == "cuda":  # torch keeps what warm-up and trials have freed: it counts as taken
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
-            free_bytes = available_bytes(device)
+            free_bytes = max(0, available_bytes(device) - self._step_bytes)
             self._cache_budget, _ = cache_budget(self.config, free_bytes)
             num_blocks = num_affordable_blocks(self.config, free_bytes)
         except CapacityError as error:
