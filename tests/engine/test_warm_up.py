@@ -14,8 +14,8 @@ from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import NUM_BLOCKS, config_of, runner_of
 
 pytest.importorskip("triton")
-from engine.kernels.gpu import sampling, sampling_filter  # noqa: E402
-from engine.kernels.gpu.planned_draw import draw_planned  # noqa: E402
+from engine.kernels.gpu import sampling, sampling_filter
+from engine.kernels.gpu.planned_draw import draw_planned
 
 Launched = set[tuple[str, tuple[tuple[str, object], ...]]]
 
