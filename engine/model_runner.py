@@ -4,11 +4,14 @@ A step is launched without waiting for the device, so the next one can be launch
 host. It knows no sequences, no prefixes, no other ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, StepTimes
 from engine.config import EngineConfig, PipelineMode
+from engine.device_times import DeviceTimes
 from engine.input_preparation import InputPreparation, PreparedStep
 from engine.kv_cache import KVCache
 from engine.layers.attention import DecodeAttention
@@ -45,7 +48,10 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self.padded: PaddedSteps | None = None
         self.pipeline = pipeline
-        self._lanes = lanes_for(device, overlaps=config.pipeline is PipelineMode.OVERLAP)
+        self._overlaps = config.pipeline is PipelineMode.OVERLAP
+        self._lanes = lanes_for(device, overlaps=self._overlaps)
+        # On a GPU: what shares out the time of a step, once it has been measured.
+        self.device_times: DeviceTimes | None = None
         self.plans = PlanChoice(pipeline.sequential, plans)
         self.device = device
         self._preparation = InputPreparation(
@@ -65,6 +71,7 @@ class ModelRunner:
     def use(self, plans: PlanChoice, *, overlaps: bool) -> None:
         """Run the steps from now on by other plans; benchmarks compare modes on one model with it."""
         self.plans = plans
+        self._overlaps = overlaps
         self._lanes = lanes_for(self.device, overlaps=overlaps)
 
     def pad_steps(self, captures: Captures | None) -> None:
@@ -84,12 +91,16 @@ class ModelRunner:
         clock = StepClock(self.device)
         stopwatch = Stopwatch()
         name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
-        prepared, hidden_TE, num_padding_tokens = self._run(batch, schedule, stopwatch)
+        prepared, hidden_TE, num_padding_tokens = self._run(batch, schedule, stopwatch, clock)
         drawn = None
         if hidden_TE is not None and len(batch.sampled):
             drawn = self._draw(hidden_TE, prepared, stopwatch)
         clock.stop()
-        times = stopwatch.times() if self.device.type == "cpu" else None
+        times: StepTimes | Callable[[float], StepTimes] | None = None
+        if self.device_times is not None:
+            times = self.device_times.of_step(batch, schedule, num_padding_tokens, self._overlaps)
+        elif self.device.type == "cpu":
+            times = stopwatch.times()
         return PendingStep(
             batch.step,
             prepared.plan,
@@ -101,15 +112,19 @@ class ModelRunner:
             num_padding_tokens=num_padding_tokens,
         )
 
-    def _run(self, batch: Batch, schedule: Schedule, stopwatch: Stopwatch) -> tuple[PreparedStep, Tensor | None, int]:
+    def _run(
+        self, batch: Batch, schedule: Schedule, stopwatch: Stopwatch, clock: StepClock
+    ) -> tuple[PreparedStep, Tensor | None, int]:
         """The prepared step, its hidden states (None without tokens), and how many rows more were computed."""
         if self.padded is not None and schedule == self.pipeline.sequential:
             bucket = self.padded.bucket_of(batch)
             if bucket is not None:
-                prepared = self._preparation.prepare_padded(batch, schedule.cut, self.padded.inputs, bucket)
+                prepared = self._preparation.prepare_padded(
+                    batch, schedule.cut, self.padded.inputs, bucket, begin=clock.start
+                )
                 hidden_TE = self.padded.run(bucket)[: batch.num_tokens]
                 return prepared, hidden_TE, bucket.num_tokens - batch.num_tokens
-        prepared = self._preparation.prepare(batch, schedule.cut)
+        prepared = self._preparation.prepare(batch, schedule.cut, begin=clock.start)
         if prepared.inputs is None:
             return prepared, None, 0
         return prepared, self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch), 0

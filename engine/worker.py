@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
+from engine.device_probe import DeviceProbe
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
@@ -33,6 +34,7 @@ from engine.pending_step import PendingStep
 from engine.pipeline.capture import Captures
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.selection import Selector, effort_at_start
+from engine.pipeline.timer import GraphTimer
 from engine.tensor_bytes import tensor_bytes
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
@@ -130,6 +132,7 @@ class Worker:
         )
         if uses_gpu_kernels:
             self._capture_steps(self._runner, device)
+            self._time_operations(self._runner, model, cache, device)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
@@ -152,6 +155,24 @@ class Worker:
             return
         runner.padded = None
         self._tell(f"no step becomes a CUDA graph. {refusal or 'Another rank of the group could not record one.'}")
+
+    def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
+        """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
+        if runner.padded is None:
+            return
+        probe = DeviceProbe(self.config, model, runner.pipeline, cache, runner.padded, GraphTimer(device))
+        refusal = ""
+        try:
+            probe.measure_alone()
+        except RuntimeError as error:
+            refusal = str(error).partition("\n")[0] or type(error).__name__
+        if self._minimum(not refusal, device):
+            probe.measure_together()
+            runner.device_times = probe.times()
+        else:
+            self._tell(f"nobody tells where the time of steps goes. {refusal or 'Another rank could not measure it.'}")
+        del probe
+        _free_device_memory()
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""
