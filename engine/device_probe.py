@@ -129,17 +129,14 @@ class DeviceProbe:
     def _measure_attention(self) -> None:
         """Of decodes by their number, and of prompts' chunks by their tokens, each by what is seen."""
         config = self._config
-        contexts = tuple(_some(_CONTEXTS, config.max_model_len))
-        for size in _some(_DECODES, config.max_sequences):
-            for context in contexts:
-                self._attend(
-                    StepPart.DECODE_ATTENTION, BatchShape(num_decodes=size, num_prefills=0, decode_context=context)
-                )
-        for size in _some(_CHUNKS, self._padded.buckets[-1].num_tokens):
-            for context in (context / 2 for context in contexts):
-                self._attend(
-                    StepPart.PREFILL_ATTENTION, BatchShape(num_decodes=0, num_prefills=size, prefill_context=context)
-                )
+        for context in _some(_CONTEXTS, config.max_model_len):
+            for size in _some(_DECODES, config.max_sequences):
+                shape = BatchShape(num_decodes=size, num_prefills=0, decode_context=context)
+                self._attend(StepPart.DECODE_ATTENTION, shape)
+            for size in _some(_CHUNKS, self._padded.buckets[-1].num_tokens):
+                # The mean of whole prompts as long as that, and of later chunks.
+                shape = BatchShape(num_decodes=0, num_prefills=size, prefill_context=context / 2)
+                self._attend(StepPart.PREFILL_ATTENTION, shape)
 
     def _attend(self, part: StepPart, shape: BatchShape) -> None:
         step, hidden_TE = self._step(shape)

@@ -123,9 +123,7 @@ def test_what_runs_beside_counts_with_what_the_step_takes_longer(
     st.dictionaries(st.sampled_from(list(StepPart)), st.floats(0, 1e3)),
     st.sets(st.sampled_from([StepPart.DECODE_ATTENTION, StepPart.PREFILL_ATTENTION, StepPart.COLLECTIVES])),
 )
-def test_parts_are_no_more_than_the_whole(
-    seconds: float, alone: dict[StepPart, float], beside: set[StepPart]
-) -> None:
+def test_parts_are_no_more_than_the_whole(seconds: float, alone: dict[StepPart, float], beside: set[StepPart]) -> None:
     times = shared_out(seconds, alone, beside)
     parts = times.gemm_seconds, times.attention_seconds, times.exposed_network_seconds
     assert min(*parts, times.network_seconds) >= 0
@@ -219,5 +217,3 @@ def test_the_waterfall_of_a_device_adds_up(
 
 def test_a_step_without_tokens_is_rest() -> None:
     assert TIMES.of_step(batch_of([], []), SEQUENTIAL, 0, False)(0.5) == StepTimes()
-
-
