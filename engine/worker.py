@@ -139,6 +139,9 @@ class Worker:
             block_size=config.block_size,
             gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
             dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
+            wide_flops_per_second=None
+            if gemm.wide_flops_per_second is None
+            else -self._minimum(-round(gemm.wide_flops_per_second), device),
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
