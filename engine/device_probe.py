@@ -20,7 +20,6 @@ from engine.config import EngineConfig
 from engine.device_times import DeviceTimes, StepPart
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder
-from engine.padded_steps import PaddedSteps
 from engine.pipeline.cost_law import LawSample, fit_law
 from engine.pipeline.fused_run import FusedRun
 from engine.pipeline.pipeline import Pipeline
@@ -58,14 +57,18 @@ class DeviceProbe:
         model: Decoder,
         pipeline: Pipeline,
         cache: KVCache,
-        padded: PaddedSteps,
         timer: RunTimer,
+        *,
+        most_rows: int,
+        gather: Callable[[int], object],
     ) -> None:
+        """`most_rows` are those of the largest padded step, `gather` gathers the inputs of one with so many rows."""
         self._config = config
         self._model = model
         self._pipeline = pipeline
         self._cache = cache
-        self._padded = padded
+        self._most_rows = most_rows
+        self._gather = gather
         self._timer = timer
         self._device = cache.keys[0].device
         self._layers = FusedRun(pipeline.programs)
@@ -90,7 +93,7 @@ class DeviceProbe:
         """The collectives: all ranks of the group call this at the same time."""
         if self._model.embed_tokens.all_reduce.is_identity:
             return
-        for size in _some(_SIZES, self._padded.buckets[-1].num_tokens):
+        for size in _some(_SIZES, self._most_rows):
             step, hidden_TE = self._step(self._prompts(size))
             samples = self._layers.samples(hidden_TE, step)
             embedded_TE = torch.zeros_like(hidden_TE)
@@ -108,7 +111,7 @@ class DeviceProbe:
 
     def _measure_rows(self) -> None:
         """Products, and what is neither product nor attention nor of the network, by the rows of a step."""
-        for size in _some(_SIZES, self._padded.buckets[-1].num_tokens):
+        for size in _some(_SIZES, self._most_rows):
             step, hidden_TE = self._step(self._prompts(size))
             samples = self._layers.samples(hidden_TE, step)
             self._add(StepPart.PRODUCTS, size, lambda: self._layers.run_only(Cost.GEMM, samples, step))  # noqa: B023
@@ -116,9 +119,7 @@ class DeviceProbe:
 
     def _rest(self, samples: dict[str, dict[str, Tensor]], step: StepInputs) -> None:
         """With the gathering of a padded step's inputs, and the embedding."""
-        size = len(step.tokens)
-        bucket = next(bucket for bucket in self._padded.buckets if bucket.num_tokens >= size)
-        self._padded.inputs.step(bucket, step.tokens)
+        self._gather(len(step.tokens))
         self._model.embed_tokens.shard(step)
         self._layers.run_only(Cost.OTHER, samples, step)
 
@@ -133,7 +134,7 @@ class DeviceProbe:
             for size in _some(_DECODES, config.max_sequences):
                 shape = BatchShape(num_decodes=size, num_prefills=0, decode_context=context)
                 self._attend(StepPart.DECODE_ATTENTION, shape)
-            for size in _some(_CHUNKS, self._padded.buckets[-1].num_tokens):
+            for size in _some(_CHUNKS, self._most_rows):
                 # The mean of whole prompts as long as that, and of later chunks.
                 shape = BatchShape(num_decodes=0, num_prefills=size, prefill_context=context / 2)
                 self._attend(StepPart.PREFILL_ATTENTION, shape)

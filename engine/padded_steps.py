@@ -24,6 +24,7 @@ from engine.padded_inputs import PaddedInputs
 from engine.pipeline.capture import CapturedRun, Captures
 from engine.pipeline.fused_run import FusedRun
 from engine.pipeline.pipeline import Pipeline
+from engine.step_inputs import StepInputs
 from engine.token_bucket import TokenBucket, token_buckets
 from engine.token_pool import TokenPool
 
@@ -60,6 +61,11 @@ class PaddedSteps:
         # What this has no room for, though it has rows enough, are too many chunks for any.
         found = self.buckets[index] if index < len(self.buckets) else None
         return found if found is not None and found.holds(batch) else None
+
+    def gather(self, num_tokens: int) -> StepInputs:
+        """What a step of a bucket with room for so many tokens begins with, to be timed."""
+        bucket = next(bucket for bucket in self.buckets if bucket.num_tokens >= num_tokens)
+        return self.inputs.step(bucket, self._hidden_TE)
 
     def run(self, bucket: TokenBucket) -> Tensor:
         """Hidden states [T, E] behind the last layer, of all rows; they last until the next run."""

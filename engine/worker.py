@@ -161,9 +161,18 @@ class Worker:
 
     def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
         """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
-        if runner.padded is None:
+        padded = runner.padded
+        if padded is None:
             return
-        probe = DeviceProbe(self.config, model, runner.pipeline, cache, runner.padded, GraphTimer(device))
+        probe = DeviceProbe(
+            self.config,
+            model,
+            runner.pipeline,
+            cache,
+            GraphTimer(device),
+            most_rows=padded.buckets[-1].num_tokens,
+            gather=padded.gather,
+        )
         refusal = ""
         try:
             probe.measure_alone()

@@ -75,7 +75,15 @@ def counting(runner: ModelRunner, timer: _CountingTimer) -> None:
 
 def probe_of(runner: ModelRunner, timer: Any) -> DeviceProbe:
     assert runner.padded is not None
-    return DeviceProbe(runner._config, runner._model, runner.pipeline, runner._kv_cache, runner.padded, timer)
+    return DeviceProbe(
+        runner._config,
+        runner._model,
+        runner.pipeline,
+        runner._kv_cache,
+        timer,
+        most_rows=runner.padded.buckets[-1].num_tokens,
+        gather=runner.padded.gather,
+    )
 
 
 @pytest.fixture(scope="module")

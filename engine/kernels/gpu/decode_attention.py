@@ -44,7 +44,8 @@ def decode_attention(
 ) -> Tensor:
     """[D, H, d] of the queries' dtype: each sequence's token over its `lengths_D` cached tokens, itself included.
 
-    Keys and values are [N, K, S, d]; queries and output may be slices of wider rows. A row of length 0 gives zeros.
+    Keys and values are [N, K, S, d]; queries and output may be slices of wider rows. A row of length 0 gives zeros,
+    one of a negative length stays as it is.
     `num_sms` are the SMs that the launch may use: those of the device, or of its partition. Two CTAs on each fill them;
     up to one on each leaves room for others and gets deeper stages. `is_planned` says that `scratch` still holds the
     plan of an earlier call with the same lengths, tables, window and tile (another layer of the step). Raises

@@ -41,7 +41,7 @@ class DecodeScratch:
 
     num_tiles: Tensor  # [1]: tiles in the plan
     tiles: Tensor  # [4, capacity]: row, bounds, tiles of the sequence before this one, tiles after it
-    is_empty: Tensor  # [rows]: 1 for a sequence without a token, which has no tile
+    is_empty: Tensor  # [rows]: 1 for a sequence of length 0, which has no tile and wants zeros
     places: (
         Tensor  # [capacity, pages of a tile]: the block of each page; with several tiles in a block, the tile's number
     )
@@ -135,7 +135,7 @@ def plan_decode(
 def _span(
     length: tl.tensor, window: tl.tensor, longest: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """First visible token, first tile and number of tiles of sequences of these lengths: none of an empty one."""
+    """Length, first visible token, first tile and number of tiles of sequences of these lengths; no token, no tile."""
     length = tl.minimum(tl.maximum(length.to(tl.int32), 0), longest)
     begin = tl.maximum(length - window, 0)
     first_tile = begin // TILE
@@ -170,8 +170,9 @@ def _plan(
         others_E = tl.load(lengths + chunk + entries_E, mask=is_before_E, other=0)
         _, _, _, counts_E = _span(others_E, window, longest, TILE)
         entry += tl.sum(tl.where(is_before_E, counts_E, 0))
-    length, begin, first_tile, count = _span(tl.load(lengths + row), window, longest, TILE)
-    tl.store(is_empty + row, (count == 0).to(tl.int32))
+    given_length = tl.load(lengths + row)
+    tl.store(is_empty + row, (given_length == 0).to(tl.int32))
+    length, begin, first_tile, count = _span(given_length, window, longest, TILE)
     if row == num_rows - 1:
         tl.store(num_tiles, entry + count)
     for chunk in range(0, count, CHUNK):

@@ -117,6 +117,20 @@ def test_a_step_without_decodes_has_no_tile_and_gives_zeros(num_ctas: int, devic
     assert not attend(query, cache, num_ctas, output=output).any()
 
 
+def test_a_row_of_a_negative_length_stays_as_it_is(device: torch.device) -> None:
+    """In a padded step it is a chunk's, which another kernel writes."""
+    cache = PagedCache.random(
+        (0, 40, 0, 7), num_kv_heads=2, block_size=32, head_dim=64, dtype=torch.float32, device=device
+    )
+    query = torch.randn(4, 6, 64, device=device)
+    wanted = expected(query, cache)
+    cache.lengths[2] = -1
+    output = torch.full((4, 6, 64), 7.0, device=device)
+    attend(query, cache, 3, output=output)
+    assert (output[2] == 7).all() and not output[0].any()
+    check(output[[1, 3]], wanted[[1, 3]], torch.float32)
+
+
 @pytest.mark.parametrize("num_ctas", [1, 3, 7, 40, 150])
 def test_any_number_of_programs_gives_the_same(num_ctas: int, device: torch.device) -> None:
     """From one program for everything to many for one sequence, and more programs than tiles."""

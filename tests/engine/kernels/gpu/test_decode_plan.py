@@ -49,11 +49,11 @@ def check(
     places = scratch.places.tolist()
     entry = 0
     for row, length in enumerate(lengths):
+        assert scratch.is_empty[row].item() == (length == 0)
         length = min(max(length, 0), tables.shape[1] * block_size)
         begin = 0 if window is None else max(0, length - window)
         first = begin // tile
         count = -(-length // tile) - first if length else 0
-        assert scratch.is_empty[row].item() == (length == 0)
         for number in range(count):
             start = (first + number) * tile
             assert (rows[entry], done[entry], left[entry]) == (row, number, count - 1 - number)
@@ -72,7 +72,7 @@ def check(
 @pytest.mark.parametrize("window", [None, 1, 70, 10_000])
 @pytest.mark.parametrize(("block_size", "tile"), [(16, 64), (64, 64), (128, 64), (32, 16), (16, 128)])
 def test_every_tile_is_listed(block_size: int, tile: int, window: int | None, device: torch.device) -> None:
-    """Empty rows, block borders, and a length beyond its table or below zero, which no caller should give."""
+    """Empty rows, block borders, rows to be left alone, and a length beyond its table, which no caller should give."""
     width = 256 // block_size
     lengths = [0, 1, 64, 65, 200, 256, 16, 400, -3]
     tables = torch.randperm(len(lengths) * width).view(len(lengths), width)
