@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import Batch, StepTimes
@@ -165,6 +165,7 @@ def test_what_tokens_see(windows: tuple[int | None, ...]) -> None:
     assert mean_seen(starts[:0], counts[:0], windows) == 0
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(
