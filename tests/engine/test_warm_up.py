@@ -50,6 +50,8 @@ def test_no_way_of_sampling_is_met_for_the_first_time_in_service(launched: Launc
     runner._model.lm_head.draw = draw_planned
     sections: set[str] = set()
     for batch in warm_up_batches(config, NUM_BLOCKS, is_gpu=True):
+        if batch.num_decodes > 1:
+            continue  # more rows run no other kernels, and the interpreter a row after the other
         pending = runner.launch(batch)
         assert pending._plan is not None
         sections |= {name.split("_")[0] for name in pending._plan.arrays}
