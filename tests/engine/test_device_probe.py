@@ -16,6 +16,7 @@ from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
 from engine.operation import Operation
 from engine.pipeline.timer import GraphTimer
+from engine.step_work import StepWork
 from engine.worker import Worker
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, config_of, runner_of
@@ -63,7 +64,7 @@ def counting(runner: ModelRunner, timer: _CountingTimer) -> None:
             def forward(*inputs: Any, _plain: Any = plain, _module: Operation = module, **options: Any) -> Any:
                 return timer.called(_module, _plain(*inputs, **options))
 
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
             if isinstance(module, RMSNorm) and module.of_sum is not None:
                 both = module.of_sum
 
@@ -135,17 +136,18 @@ def test_steps_are_told_apart_without_waiting_for_the_device(
     """The parts are computed when the step's time is known, and add up to it."""
     probe = probe_of(runner, _CountingTimer())
     monkeypatch.setattr(probe, "_measure_rows", lambda: probe._add(StepPart.PRODUCTS, 8, lambda: None))
-    probe._timer = type("Fixed", (), {"seconds": lambda self, run: 2e-3})()  # type: ignore[assignment]
+    probe._timer = type("Fixed", (), {"seconds": lambda self, run: 2e-3})()
     probe.measure_alone()
     monkeypatch.setattr(runner, "device_times", probe.times())
     monkeypatch.setattr(runner, "padded", None)  # plain torch knows no padding
     shared: list[Batch] = []
-    from engine import device_times
+    original = StepWork.of
 
-    original = device_times.StepWork.of
-    monkeypatch.setattr(
-        device_times.StepWork, "of", lambda batch, *rest: (shared.append(batch), original(batch, *rest))[1]
-    )
+    def noting(batch: Batch, *rest: Any) -> StepWork:
+        shared.append(batch)
+        return original(batch, *rest)
+
+    monkeypatch.setattr(StepWork, "of", noting)
     script = BatchScript(NUM_BLOCKS, 16)
     script.admit(0, PROMPTS[3], GREEDY)
     pending = runner.launch(script.step(prefills=[(0, 3)]))

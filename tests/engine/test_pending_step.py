@@ -10,6 +10,7 @@ from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
 from engine.pending_step import StepClock
 from engine.pipeline.fused_run import FusedRun
+from engine.staging import stage
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, config_of, runner_of
 from tests.engine.pipeline.deferred_cuda import DEVICE as CUDA
@@ -72,11 +73,11 @@ def test_the_clock_starts_behind_the_host_and_before_the_device(
     monkeypatch.setattr(StepClock, "stop", noting("stop", StepClock.stop))
     for name in ("_step_arrays", "_update_arrays"):
         monkeypatch.setattr(input_preparation, name, noting("host", getattr(input_preparation, name)))
-    monkeypatch.setattr(input_preparation, "stage", noting("device", input_preparation.stage))
+    monkeypatch.setattr(input_preparation, "stage", noting("device", stage))
     monkeypatch.setattr(runner.pipeline, "run", noting("device", runner.pipeline.run))
     if padded:
         runner.pad_steps(None)
-        monkeypatch.setattr(FusedRun, "__call__", lambda run, hidden_TE, step: log.append("device") or hidden_TE)
+        monkeypatch.setattr(FusedRun, "__call__", noting("device", lambda run, hidden_TE, step: hidden_TE))
     script = BatchScript(NUM_BLOCKS, 16)
     script.admit(0, PROMPTS[3], GREEDY)
     for batch in (script.step(prefills=[(0, 3)]), script.step(decodes=[0]), script.step(decodes=[0])):
