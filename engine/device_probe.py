@@ -8,6 +8,7 @@ prompts, which is bound by computing, may be some percent slower in service.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,7 +36,8 @@ from engine.step_work import mean_seen
 _SIZES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 _DECODES = (1, 32, 256)
 _CHUNKS = (16, 128, 512, 2048)
-_CONTEXTS = (128, 2048)
+# Beyond the largest attention grows in proportion; measuring would take long.
+_CONTEXTS, _LARGEST_CONTEXT = (128, 2048), 8192
 
 Samples = dict[StepPart, list[LawSample]]
 
@@ -80,24 +82,22 @@ class DeviceProbe:
         """Everything that no other rank takes part in. Raises `CaptureError` where something waits for the device, and
         what torch raises where there is no memory left.
         """
-        try:
+        with self._cache_left_empty():
             self._measure_rows()
             self._measure_attention()
             self._measure_draws()
-        finally:
-            for tensor in (*self._cache.keys, *self._cache.values):
-                tensor.zero_()
 
     @torch.inference_mode()
     def measure_together(self) -> None:
         """The collectives: all ranks of the group call this at the same time."""
         if self._model.embed_tokens.all_reduce.is_identity:
             return
-        for size in _some(_SIZES, self._most_rows):
-            step, hidden_TE = self._step(self._prompts(size))
-            samples = self._layers.samples(hidden_TE, step)
-            embedded_TE = torch.zeros_like(hidden_TE)
-            self._add(StepPart.COLLECTIVES, size, lambda: self._exchange(samples, step, embedded_TE))  # noqa: B023
+        with self._cache_left_empty():
+            for size in _some(_SIZES, self._most_rows):
+                step, hidden_TE = self._step(self._prompts(size))
+                samples = self._layers.samples(hidden_TE, step)
+                embedded_TE = torch.zeros_like(hidden_TE)
+                self._add(StepPart.COLLECTIVES, size, lambda: self._exchange(samples, step, embedded_TE))  # noqa: B023
         head = self._model.lm_head
         for size in _some(_SIZES, self._config.max_sequences):
             shard_KR = head.shard(self._random(size))
@@ -108,6 +108,15 @@ class DeviceProbe:
         attention = (StepPart.DECODE_ATTENTION, StepPart.PREFILL_ATTENTION)
         laws = {part: fit_law(samples, part in attention) for part, samples in self._samples.items()}
         return DeviceTimes(laws=laws, graph=self._pipeline.graph, windows=self._windows)
+
+    @contextmanager
+    def _cache_left_empty(self) -> Iterator[None]:
+        """A masked position still multiplies by what its slot holds."""
+        try:
+            yield
+        finally:
+            for tensor in (*self._cache.keys, *self._cache.values):
+                tensor.zero_()
 
     def _measure_rows(self) -> None:
         """Products, and what is neither product nor attention nor of the network, by the rows of a step."""
@@ -129,11 +138,12 @@ class DeviceProbe:
 
     def _measure_attention(self) -> None:
         """Of decodes by their number, and of prompts' chunks by their tokens, each by what is seen."""
-        config = self._config
-        for context in _some(_CONTEXTS, config.max_model_len):
+        config, capacity = self._config, self._cache.num_blocks * self._cache.block_size
+        for context in _some(_CONTEXTS, min(_LARGEST_CONTEXT, config.max_model_len)):
             for size in _some(_DECODES, config.max_sequences):
-                shape = BatchShape(num_decodes=size, num_prefills=0, decode_context=context)
-                self._attend(StepPart.DECODE_ATTENTION, shape)
+                if size == 1 or size * context <= capacity:  # else no such step comes
+                    shape = BatchShape(num_decodes=size, num_prefills=0, decode_context=context)
+                    self._attend(StepPart.DECODE_ATTENTION, shape)
             for size in _some(_CHUNKS, self._most_rows):
                 # The mean of whole prompts as long as that, and of later chunks.
                 shape = BatchShape(num_decodes=0, num_prefills=size, prefill_context=context / 2)
