@@ -36,7 +36,7 @@ MIN_REPETITIONS, MAX_REPETITIONS = 5, 200
 QUICK_SQUARES = {DeviceKind.CPU: (768,), DeviceKind.CUDA: (4096, 8192)}
 QUICK_SECONDS_PER_SHAPE = 0.08
 # A GPU has reached the clock that it can hold after some tenths of a second.
-CUDA_SECONDS_PER_SHAPE, QUICK_CUDA_SECONDS_PER_SHAPE = 1.0, 0.3
+CUDA_SECONDS_PER_SHAPE, QUICK_CUDA_SECONDS_PER_SHAPE = 0.6, 0.3
 CUDA_RUN_SECONDS = 0.01
 CUDA_WEIGHT_BYTES, MAX_CUDA_WEIGHTS = 1 << 28, 16  # several times what stays near the processors
 QUICK_CPU_PRODUCTS = 1 << 29  # multiplications of one repetition, at most: some milliseconds

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import gpu_operations
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.model_config import Architecture
@@ -193,14 +192,15 @@ def test_padded_and_other_steps_follow_each_other() -> None:
 
 
 def test_padding_goes_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
+
     told: list[int | None] = []
-    original = gpu_operations.mixture_of_experts
 
     def noting(*arguments: Any, num_tokens: Tensor | None, **options: Any) -> Tensor:
         told.append(None if num_tokens is None else int(num_tokens))
-        return original(*arguments, num_tokens=num_tokens, **options)
+        return mixture_of_experts(*arguments, num_tokens=num_tokens, **options)
 
-    monkeypatch.setattr(gpu_operations, "mixture_of_experts", noting)
+    monkeypatch.setattr("engine.gpu_operations.mixture_of_experts", noting)
     config = config_of(Architecture.MIXTRAL)
     runner = padded_runner(config)
     padded = runner.padded
