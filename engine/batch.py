@@ -60,6 +60,8 @@ class Batch:
 class StepTimes:
     """Where the device time of one step went, on one rank, in seconds; what is not named here is memory-bound rest.
 
+    Measured on a CPU, shared out of what was measured on a GPU (`engine.device_times`).
+
     `gemm_seconds` are matrix products: projections, experts, the output head. `attention_seconds` is attention on the
     compute path, of decodes and of prefills. `exposed_network_seconds` is the time computation waited for collectives,
     or was interrupted by them; `network_seconds` the time at least one collective was in flight, hidden or not.

@@ -13,13 +13,15 @@ class CacheCapacity:
 
     The rates are floating-point operations per second of one device, measured where the ranks compute:
     `gemm_flops_per_second` is the peak, `dense_flops_per_second` what the model's own products reach at the full dense
-    batch. None where nobody measured: then the percent of the optimum is unknown.
+    batch. None where nobody measured: then the percent of the optimum is unknown. `wide_flops_per_second` is the peak
+    for products that are not in FP8, where the others are.
     """
 
     num_blocks: int
     block_size: int
     gemm_flops_per_second: float | None = None
     dense_flops_per_second: float | None = None
+    wide_flops_per_second: float | None = None
 
     @property
     def num_tokens(self) -> int:

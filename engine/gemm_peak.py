@@ -3,18 +3,21 @@
 Method: for each of several shapes (large squares, and the model's own projections at a full batch) time `linear` as
 the model calls it, `activations [M, K] x weights [N, K]`, repeatedly after a warm-up, and take the median; the peak is
 the best median over the shapes. Weights and activations are random, because constant data lets some chips clock
-higher. A data sheet's figure is not used anywhere.
+higher. On a GPU a sample is a run of products, each with other weights than the one before, as layers are: a device
+that is idle between two of them clocks higher than it does in service. A data sheet's figure is not used anywhere.
 
-`quick` is for the start of a served rank: fewer and, on a CPU, smaller products, and of each the fastest repetition
-instead of the median: of a few, and with neighbours still loading, that is what noise cannot make too small.
+`quick` is for the start of a served rank: for a shorter time and, on a CPU, of smaller products, of which the fastest
+repetition is taken instead of the median: of a few, and with neighbours still loading, that is what noise cannot make
+too small.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -32,6 +35,10 @@ SECONDS_PER_SHAPE = 0.4
 MIN_REPETITIONS, MAX_REPETITIONS = 5, 200
 QUICK_SQUARES = {DeviceKind.CPU: (768,), DeviceKind.CUDA: (4096, 8192)}
 QUICK_SECONDS_PER_SHAPE = 0.08
+# A GPU has reached the clock that it can hold after some tenths of a second.
+CUDA_SECONDS_PER_SHAPE, QUICK_CUDA_SECONDS_PER_SHAPE = 0.6, 0.3
+CUDA_RUN_SECONDS = 0.01
+CUDA_WEIGHT_BYTES, MAX_CUDA_WEIGHTS = 1 << 28, 16  # several times what stays near the processors
 QUICK_CPU_PRODUCTS = 1 << 29  # multiplications of one repetition, at most: some milliseconds
 
 
@@ -39,7 +46,8 @@ QUICK_CPU_PRODUCTS = 1 << 29  # multiplications of one repetition, at most: some
 class GemmPeak:
     """Floating-point operations per second of the best shape (M, N, K), and of every shape that was tried.
 
-    `dense_flops_per_second` is what the model's own shapes reach together at the dense batch.
+    `dense_flops_per_second` is what the model's own shapes reach together at the dense batch. Where those are in FP8,
+    `wide_flops_per_second` is the peak in the activations' format, in which the output head is, else None.
     """
 
     flops_per_second: float
@@ -47,13 +55,14 @@ class GemmPeak:
     by_shape: dict[Shape, float]
     dense_flops_per_second: float
     num_threads: int
+    wide_flops_per_second: float | None = None
 
 
 def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
     """Takes a few seconds, or about half a second if `quick`.
 
-    Uses the number format, device and CPU threads that a rank of this engine computes with; FP8 on a GPU only, where it
-    is the product alone that is timed, of numbers quantised before.
+    Uses the number formats, device and CPU threads that a rank of this engine computes with; FP8 on a GPU only, where
+    it is the product alone that is timed, of numbers quantised before.
     """
     of_squares = _squares(QUICK_SQUARES if quick else SQUARES, config)
     of_model = model_shapes(config)
@@ -67,6 +76,7 @@ def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
             shape: linear_flops_per_second(shape, dtype, device, quick, in_fp8=in_fp8)
             for shape in (*of_squares, *of_model)
         }
+        wide = [linear_flops_per_second(shape, dtype, device, quick) for shape in of_squares] if in_fp8 else []
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what this took must not lessen the memory that a cache of KV blocks finds free
     best = max(by_shape, key=lambda shape: by_shape[shape])
@@ -78,6 +88,7 @@ def measure_gemm_peak(config: EngineConfig, *, quick: bool = False) -> GemmPeak:
         dense_flops_per_second=sum(num_products.values())
         / sum(products / by_shape[shape] for shape, products in num_products.items()),
         num_threads=config.threads_per_rank,
+        wide_flops_per_second=max(wide, default=None),
     )
 
 
@@ -116,11 +127,20 @@ def linear_flops_per_second(
     """Of one product (M, N, K), with the threads that torch has now. `in_fp8`: the result alone is of `dtype`."""
     rows, outputs, inputs = shape
     activations = torch.randn(rows, inputs, device=device).to(dtype)
-    weights = torch.randn(outputs, inputs, device=device).to(dtype)
-    product = _fp8_product(activations, weights) if in_fp8 else _product(activations, weights)
-    time_once = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    samples = _samples(lambda: time_once(product), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
-    return 2 * rows * outputs * inputs / (min(samples) if quick else statistics.median(samples))
+
+    def product() -> Callable[[], Tensor]:
+        weights = torch.randn(outputs, inputs, device=device).to(dtype)
+        return _fp8_product(activations, weights) if in_fp8 else _product(activations, weights)
+
+    num_products = 2 * rows * outputs * inputs
+    if device.type == "cuda":
+        weight_bytes = outputs * inputs * (1 if in_fp8 else dtype.itemsize)
+        products = [product() for _ in range(min(MAX_CUDA_WEIGHTS, 1 + CUDA_WEIGHT_BYTES // weight_bytes))]
+        seconds = QUICK_CUDA_SECONDS_PER_SHAPE if quick else CUDA_SECONDS_PER_SHAPE
+        return num_products / statistics.median(cuda_samples(products, seconds))
+    one = product()
+    samples = _samples(lambda: _cpu_seconds(one), QUICK_SECONDS_PER_SHAPE if quick else SECONDS_PER_SHAPE)
+    return num_products / (min(samples) if quick else statistics.median(samples))
 
 
 def _samples(time_once: Callable[[], float], seconds: float) -> list[float]:
@@ -156,14 +176,27 @@ def _cpu_seconds(product: Callable[[], Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def _cuda_seconds(product: Callable[[], Tensor]) -> float:
+def cuda_samples(products: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Seconds of a product, in runs of about `CUDA_RUN_SECONDS` that take about so long together, one product after the
+    other of those given.
+    """
+    following = cycle(products)
     stream = torch.cuda.current_stream()
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    stream.record_event(started)
-    product()
-    stream.record_event(ended)
-    ended.synchronize()
-    return float(started.elapsed_time(ended)) / 1000
+
+    def run(count: int) -> float:
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        started.record(stream)
+        for _ in range(count):
+            next(following)()
+        ended.record(stream)
+        ended.synchronize()
+        return float(started.elapsed_time(ended)) / 1000
+
+    run(len(products))
+    estimate = run(len(products)) / len(products)
+    count = max(1, math.ceil(CUDA_RUN_SECONDS / estimate))
+    num_runs = max(MIN_REPETITIONS, math.ceil(seconds / (count * estimate)))
+    return [run(count) / count for _ in range(num_runs)]
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from engine.layers.linear import Linear
 from engine.layers.mixture_of_experts import GroupedExperts
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder
+from engine.pipeline.capture import refuse_in_capture
 from engine.step_inputs import StepInputs
 from engine.units_at_hand import UnitGrant, UnitsAtHand
 
@@ -251,6 +252,7 @@ def _chunks(step: StepInputs) -> tuple[Tensor, Tensor]:
     """Starts and context lengths on the device; of a step that has none there, made from the host's, at a wait."""
     if step.prefill_starts is not None and step.prefill_lengths is not None:
         return step.prefill_starts, step.prefill_lengths
+    refuse_in_capture("a copy of the chunks' starts and lengths from the host")
     sizes, device = torch.tensor((0, *step.prefill_chunk_sizes)), step.tokens.device
     return sizes.cumsum(0).to(device), torch.tensor(step.prefill_context_lengths, device=device)
 
@@ -272,5 +274,6 @@ def _experts(
         normalise=experts.normalise,
         round_scores=experts.round_scores,
         num_sms=units.grant.num_units,
+        num_tokens=experts.num_tokens,
         output=output,
     )

@@ -6,7 +6,7 @@ changed. In-place is safe: steps run in the order in which they are prepared, ea
 Legend: S sequences of the step, K of them drawn from, T tokens, D decodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,12 @@ from engine.sampling_table import Int64s, SamplingPlan, SamplingTable
 from engine.staging import HostArray, stage
 from engine.step_inputs import DecodePart, StepInputs
 from engine.token_pool import TokenPool
+
+Begin = Callable[[], None]
+
+
+def _nobody_asks() -> None:
+    """For steps whose time nobody measures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +97,15 @@ class InputPreparation:
         keys = kv_cache.keys[0]
         self._block_bytes = 2 * keys[0].numel() * keys.element_size()
 
-    def prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
-        """The batch, to be run by a schedule with this cut."""
+    def prepare(self, batch: Batch, cut: Cut, *, begin: Begin = _nobody_asks) -> PreparedStep:
+        """The batch, to be run by a schedule with this cut; `begin` is called when the device is first given work."""
         last = self._last
         if batch.repeats and last is not None and last.drawn is not None and last.cut == cut:
+            begin()
             step = self._advance(last, last.drawn, batch)
             if step is not None:
                 return step
-        return self._prepare(batch, cut)
+        return self._prepare(batch, cut, begin)
 
     def drawn(self, step: PreparedStep, token_ids_K: Tensor) -> None:
         """The prepared step has drawn these tokens; they are what its rows compute next."""
@@ -108,8 +115,13 @@ class InputPreparation:
         if self._last is not None and self._last.step is step:
             self._last.drawn = token_ids_K
 
-    def prepare_padded(self, batch: Batch, dealt: Cut, inputs: PaddedInputs, bucket: TokenBucket) -> PreparedStep:
-        """The batch, padded to be run on these inputs: dealt like this to the nano-batches of a bucket."""
+    def prepare_padded(
+        self, batch: Batch, dealt: Cut, inputs: PaddedInputs, bucket: TokenBucket, *, begin: Begin = _nobody_asks
+    ) -> PreparedStep:
+        """The batch, padded to be run on these inputs: dealt like this to the nano-batches of a bucket.
+
+        `begin` as in `prepare`.
+        """
         self._last = None
         self._admit(batch)
         arrays = _step_arrays(batch, None, self._kv_cache.block_size, None)
@@ -119,7 +131,9 @@ class InputPreparation:
             arrays["sampled_token"] = places[batch.counts.cumsum(dtype=np.int64)[batch.sampled] - 1]
         travelling: dict[str, HostArray] = {"padded": packed}
         travelling |= {name: array for name, array in arrays.items() if name.startswith("sampled_")}
-        staged = stage(_update_arrays(batch) | travelling | plan.arrays, self._device)
+        arrays_of_step = _update_arrays(batch) | travelling | plan.arrays
+        begin()
+        staged = stage(arrays_of_step, self._device)
         self._write_admitted(batch, staged)
         self._write_blocks(batch, staged)
         inputs.fill(staged["padded"])
@@ -132,14 +146,16 @@ class InputPreparation:
             drawn_positions=staged["sampled_position"],
         )
 
-    def _prepare(self, batch: Batch, cut: Cut) -> PreparedStep:
+    def _prepare(self, batch: Batch, cut: Cut, begin: Begin) -> PreparedStep:
         self._admit(batch)
         order = self._order(batch, cut)
         arrays = _step_arrays(batch, cut, self._kv_cache.block_size, None if order is None else order.order)
         if self._lengths_on_device and len(batch.rows) > batch.num_decodes:
             arrays["chunk_start"] = _starts(batch.counts[batch.num_decodes :])
         plan = self._sampling.plan(arrays["sampled_row"], arrays["sampled_position"], self._returns_logprobs)
-        staged = stage(_update_arrays(batch) | arrays | plan.arrays, self._device)
+        arrays_of_step = _update_arrays(batch) | arrays | plan.arrays
+        begin()
+        staged = stage(arrays_of_step, self._device)
         self._write_admitted(batch, staged)
         self._write_blocks(batch, staged)
         inputs = self._step_inputs(batch, arrays["length"], staged, order) if len(batch.rows) else None

@@ -8,7 +8,9 @@ class Loss(StrEnum):
 
     A batch smaller than the dense batch costs more per token than a full one: that excess is KV-limited where requests
     waited for blocks, sequence-limited where they waited for a row (`max_sequences`), else traffic-limited.
-    `CPU_GAP` is time with a request open in which the ranks computed nothing. `PADDING` stays 0 until steps are padded.
+    `CPU_GAP` is time with a request open in which the ranks computed nothing: what passed and was no step's own. On a
+    GPU the device is idle then, between the last work of one step and the first of the next. `PADDING` are rows that
+    were computed to fill a step of a fixed size, as CUDA graphs are: none on a CPU.
     """
 
     NO_REQUESTS = "no_requests"

@@ -1,7 +1,9 @@
 """`LossLedger`: books every second of an engine under the optimum or under the `Loss` that took it, as it passes.
 
 Time is cut at events: a request comes to an idle engine, a step's result arrives, the engine runs out of requests.
-Until a step has ended nothing of it is booked, so that totals never hold half a step. Pure: the time is passed in.
+Until a step has ended nothing of it is booked, so that totals never hold half a step. What passed since the last event
+and was not the step's own is nobody's computing: results that come late by the host's clock are early for the next, so
+over many steps that is the ranks' idle time to the last of them. Pure: the time is passed in.
 
 A step's measured GEMM time is split by work, in tokens: `tokens * (1 - head) + drawn * head`, where `head` is the share
 of the output head among the active parameters, because only drawn tokens meet it. With s the GEMM seconds per token

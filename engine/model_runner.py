@@ -4,13 +4,15 @@ A step is launched without waiting for the device, so the next one can be launch
 host. It knows no sequences, no prefixes, no other ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, StepTimes
 from engine.config import EngineConfig, PipelineMode
+from engine.device_times import DeviceTimes
 from engine.input_preparation import InputPreparation, PreparedStep
 from engine.kv_cache import KVCache
 from engine.layers.attention import DecodeAttention
@@ -23,6 +25,7 @@ from engine.pipeline.padded_steps import PaddedSteps
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import SEQUENTIAL, PlanChoice
 from engine.pipeline.plan_set import PlanSet
+from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.sampler import Drawn, sample
 
@@ -47,7 +50,10 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self.padded: PaddedSteps | None = None
         self.pipeline = pipeline
-        self._lanes = lanes_for(device, overlaps=config.pipeline is PipelineMode.OVERLAP)
+        self._overlaps = config.pipeline is PipelineMode.OVERLAP
+        self._lanes = lanes_for(device, overlaps=self._overlaps)
+        # On a GPU: what shares out the time of a step, once it has been measured.
+        self.device_times: DeviceTimes | None = None
         self.plans = PlanChoice(pipeline.sequential, plans)
         self.device = device
         self._preparation = InputPreparation(
@@ -67,6 +73,7 @@ class ModelRunner:
     def use(self, plans: PlanChoice, *, overlaps: bool) -> None:
         """Run the steps from now on by other plans; benchmarks compare modes on one model with it."""
         self.plans = plans
+        self._overlaps = overlaps
         self._lanes = lanes_for(self.device, overlaps=overlaps)
         if self.padded is not None:
             self.padded.serve(plans, self._lanes)
@@ -88,12 +95,16 @@ class ModelRunner:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self.device)
         stopwatch = Stopwatch()
-        ran = self._run(batch, stopwatch)
+        ran = self._run(batch, stopwatch, clock)
         drawn = None
         if ran.hidden is not None and len(batch.sampled):
             drawn = self._draw(ran.hidden, ran.prepared, stopwatch)
         clock.stop()
-        times = stopwatch.times() if self.device.type == "cpu" else None
+        times: StepTimes | Callable[[float], StepTimes] | None = None
+        if self.device_times is not None:
+            times = self.device_times.of_step(batch, ran.schedule, ran.num_padding_tokens, self._overlaps)
+        elif self.device.type == "cpu":
+            times = stopwatch.times()
         return PendingStep(
             batch.step,
             ran.prepared.plan,
@@ -105,25 +116,28 @@ class ModelRunner:
             num_padding_tokens=ran.num_padding_tokens,
         )
 
-    def _run(self, batch: Batch, stopwatch: Stopwatch) -> "_Ran":
+    def _run(self, batch: Batch, stopwatch: Stopwatch, clock: StepClock) -> "_Ran":
         """Compute its hidden states."""
         name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
         padded = None if self.padded is None else self.padded.of(batch, schedule)
         if self.padded is not None and padded is not None:
             bucket = padded.step.bucket
-            prepared = self._preparation.prepare_padded(batch, padded.dealt, self.padded.inputs, bucket)
+            prepared = self._preparation.prepare_padded(
+                batch, padded.dealt, self.padded.inputs, bucket, begin=clock.start
+            )
             hidden_TE = padded.step.run()
             return _Ran(
                 plan=name if padded.schedule == schedule else SEQUENTIAL,
+                schedule=padded.schedule,
                 prepared=prepared,
                 hidden=hidden_TE[: batch.num_tokens] if prepared.sampled_tokens is None else hidden_TE,
                 num_padding_tokens=bucket.num_tokens - batch.num_tokens,
             )
-        prepared = self._preparation.prepare(batch, schedule.cut)
+        prepared = self._preparation.prepare(batch, schedule.cut, begin=clock.start)
         if prepared.inputs is None:
-            return _Ran(plan=name, prepared=prepared)
+            return _Ran(plan=name, schedule=schedule, prepared=prepared)
         hidden_TE = self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch)
-        return _Ran(plan=name, prepared=prepared, hidden=hidden_TE)
+        return _Ran(plan=name, schedule=schedule, prepared=prepared, hidden=hidden_TE)
 
     def _draw(self, hidden_TE: Tensor, prepared: PreparedStep, stopwatch: Stopwatch) -> Drawn:
         """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
@@ -146,9 +160,12 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """A step by `plan`: hidden states [T, E] of its rows (None without tokens), of which so many are padding."""
+    """A step by `plan`, that is by `schedule`: hidden states [T, E] of its rows (None without tokens), of which so many
+    are padding.
+    """
 
     plan: str
+    schedule: Schedule
     prepared: PreparedStep
     hidden: Tensor | None = None
     num_padding_tokens: int = 0

@@ -69,7 +69,8 @@ class OfflineResult:
     @property
     def optimal_tokens_per_second(self) -> float:
         """What the measured GEMM peak would allow."""
-        return optimal_tokens_per_second(self.gemm_peak.flops_per_second, self.config.model)
+        peak = self.gemm_peak
+        return optimal_tokens_per_second(peak.flops_per_second, self.config.model, peak.wide_flops_per_second)
 
     @property
     def percent_of_optimum(self) -> float:
@@ -106,6 +107,7 @@ class OfflineResult:
             "device_seconds": self.device_seconds,
             "schedule_seconds": self.schedule_seconds,
             "gemm_peak_flops_per_second": peak.flops_per_second,
+            "wide_gemm_peak_flops_per_second": peak.wide_flops_per_second,
             "gemm_peak_shape": list(peak.shape),
             "gemm_peak_method": METHOD,
             "gemm_flops_per_second_by_shape": {
@@ -154,7 +156,9 @@ class OfflineBenchmark:
             num_steps_by_plan=counted.num_steps_by_plan,
             hidden_network_seconds=counted.hidden_network_seconds,
             gemm_peak=peak,
-            waterfall=waterfall.with_optimum(optimal_tokens_per_second(peak.flops_per_second, self._config.model)),
+            waterfall=waterfall.with_optimum(
+                optimal_tokens_per_second(peak.flops_per_second, self._config.model, peak.wide_flops_per_second)
+            ),
         )
 
     async def _run(self) -> tuple[EngineConfig, float, EngineStats, LossWaterfall, Sequence[GemmPeak]]:

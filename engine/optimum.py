@@ -1,7 +1,8 @@
 """The most tokens per second that a device could compute if it did nothing but the model's matrix products.
 
 Optimum = measured GEMM peak / (2 * active parameters): each token costs a multiplication and an addition per weight
-that it meets (NanoFlow, section 3.2). Torch-free.
+that it meets (NanoFlow, section 3.2). Where the layers' products are in FP8 some are not, the output head's above all:
+each kind then takes its time at its own peak. Torch-free.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ class Optimum:
     """What the matrix products of a whole group would allow, in tokens per second that meet every active parameter.
 
     `tokens_per_second` at the GEMM peak (the optimum), `dense_tokens_per_second` at the rate that the model's own
-    products reach in a full dense batch. `head_share` of the active parameters are the output head's.
+    products reach in a full dense batch. `head_share` of a token's time at the peak is the output head's: its share of
+    the active parameters, and more where the other products are in FP8.
     """
 
     tokens_per_second: float
@@ -29,12 +31,13 @@ class Optimum:
         peak = capacity.gemm_flops_per_second
         if peak is None:
             return None
-        model = config.model
+        model, wide, size = config.model, capacity.wide_flops_per_second, config.tensor_parallel
+        dense = capacity.dense_flops_per_second or peak
+        token_seconds = 1 / optimal_tokens_per_second(peak, model, wide)
         return cls(
-            tokens_per_second=config.tensor_parallel * optimal_tokens_per_second(peak, model),
-            dense_tokens_per_second=config.tensor_parallel
-            * optimal_tokens_per_second(capacity.dense_flops_per_second or peak, model),
-            head_share=model.hidden_size * model.vocab_size / active_parameters(model),
+            tokens_per_second=size / token_seconds,
+            dense_tokens_per_second=size * optimal_tokens_per_second(dense, model, wide),
+            head_share=2 * model.hidden_size * model.vocab_size / (wide or peak) / token_seconds,
         )
 
 
@@ -56,6 +59,23 @@ def active_parameters(config: ModelConfig) -> int:
     return config.num_layers * attention + feed_forward + config.hidden_size * config.vocab_size
 
 
-def optimal_tokens_per_second(flops_per_second: float, config: ModelConfig) -> float:
-    """Tokens per second, prompt and generated together, of one device with the GEMM peak `flops_per_second`."""
-    return flops_per_second / (2 * active_parameters(config))
+def wide_parameters(config: ModelConfig) -> int:
+    """Those of the active parameters whose products stay in the activations' format where the layers' are in FP8: of
+    the routers and of the output head.
+    """
+    num_routers = sum(config.is_sparse(layer) for layer in range(config.num_layers))
+    return config.hidden_size * (num_routers * config.num_experts + config.vocab_size)
+
+
+def optimal_tokens_per_second(
+    flops_per_second: float, config: ModelConfig, wide_flops_per_second: float | None = None
+) -> float:
+    """Tokens per second, prompt and generated together, of one device with the GEMM peak `flops_per_second`.
+
+    Where that is the peak in FP8, the other one is of the products that are not in FP8.
+    """
+    num_wide = 0 if wide_flops_per_second is None else wide_parameters(config)
+    seconds = 2 * (active_parameters(config) - num_wide) / flops_per_second
+    if wide_flops_per_second is not None:
+        seconds += 2 * num_wide / wide_flops_per_second
+    return 1 / seconds

@@ -5,6 +5,7 @@ synchronises with that copy alone, so that later steps may already be queued.
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,15 +18,25 @@ from engine.sampling_table import SamplingPlan
 
 
 class StepClock:
-    """Measures the device time of one step: between two events of the stream, or on the CPU by the wall clock."""
+    """Measures one step: on a GPU the time between two events of the stream, on a CPU that of the wall clock.
+
+    It runs from its making. On a GPU it is to be started anew once the host has prepared what the device does first:
+    until then the device waits for the host, or has the step before to do. So what passes on the device between the
+    stop of one step and the start of the next is nobody's computing, and no step has the time of another.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = _timing_event(), _timing_event()
-            self._events[0].record()
         self._started = time.perf_counter()
         self._seconds = 0.0
+        if device.type == "cuda":
+            self._events = _timing_event(), _timing_event()
+            self.start()
+
+    def start(self) -> None:
+        """The step's first work is about to be launched. On a CPU it has begun: the host is what computes."""
+        if self._events is not None:
+            self._events[0].record()
 
     def stop(self) -> None:
         """The step's last work has been launched."""
@@ -57,9 +68,10 @@ class PendingStep:
         copies: torch.cuda.Stream | None,
         *,
         plan_name: str,
-        times: StepTimes | None,
+        times: StepTimes | Callable[[float], StepTimes] | None,
         num_padding_tokens: int = 0,
     ) -> None:
+        """`times`: the parts of the step's time, where they are known, or what makes them of its seconds."""
         self._step = step
         self._plan_name = plan_name
         self._times = times
@@ -98,13 +110,14 @@ class PendingStep:
         """The step's output, as soon as its tokens are on the host; errors of the device surface here."""
         if self._copied is not None:
             self._copied.synchronize()
+        seconds = self._clock.seconds()
         token_ids = np.empty(0, np.int32) if self._drawn is None else self._drawn.token_ids.numpy().astype(np.int32)
         return StepOutput(
             step=self._step,
             token_ids=token_ids,
             logprobs=self._logprobs(len(token_ids)),
-            device_seconds=self._clock.seconds(),
-            times=self._times,
+            device_seconds=seconds,
+            times=self._times(seconds) if callable(self._times) else self._times,
             plan=self._plan_name,
             num_padding_tokens=self._num_padding_tokens,
         )

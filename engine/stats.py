@@ -16,11 +16,11 @@ class EngineStats:
     between arrival and the first step.
 
     The parts of `device_seconds` are those of `engine.batch.StepTimes`, summed over the `num_timed_steps` steps that
-    measured them: with none, as on GPUs, they are unknown and not zero. `hidden_network_seconds` is what overlap saved:
-    time collectives were in flight and nobody waited for them. Of the `accounted_seconds` (up to the last finished
-    step, or up to now without requests) `ideal_seconds` is what the useful tokens take at the optimum, less
-    `skipped_head_seconds` that prompt tokens save, and `loss_seconds` is the rest by cause: see `LossWaterfall`. These
-    four stay empty and `optimal_tokens_per_second`, the group's, is None where no GEMM peak was measured.
+    have them: with none they are unknown and not zero. `hidden_network_seconds` is what overlap saved: time collectives
+    were in flight and nobody waited for them. Of the `accounted_seconds` (up to the last finished step, or up to now
+    without requests) `ideal_seconds` is what the useful tokens take at the optimum, less `skipped_head_seconds` that
+    prompt tokens save, and `loss_seconds` is the rest by cause: see `LossWaterfall`. These four stay empty and
+    `optimal_tokens_per_second`, the group's, is None where no GEMM peak was measured.
     """
 
     num_running: int = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
+from engine.device_probe import DeviceProbe
 from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
@@ -33,11 +34,11 @@ from engine.models.decoder import Decoder
 from engine.network import network_of
 from engine.pending_step import PendingStep
 from engine.pipeline.agreed_captures import AgreedCaptures
-from engine.pipeline.capture import CaptureError
 from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.selection import Selector, effort_at_start
+from engine.pipeline.timer import GraphTimer
 from engine.tensor_bytes import tensor_bytes
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
@@ -84,6 +85,7 @@ class Worker:
         self._cache: KVCache | None = None
         self._cache_budget = 0
         self._workspace_bytes = 0
+        self._step_bytes = 0
 
     def start(
         self,
@@ -113,7 +115,7 @@ class Worker:
         self._meter.mark()
         self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
-        warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
+        self._step_bytes = warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
         plans = selector.select(effort_at_start(config))
         if plans is not None:  # they may need more than the sequential steps of the warm-up did
@@ -136,12 +138,16 @@ class Worker:
         )
         if uses_gpu_kernels:
             self._capture_steps(self._runner, device)
+            self._time_operations(self._runner, model, cache, device)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         return CacheCapacity(
             num_blocks=num_blocks,
             block_size=config.block_size,
             gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
             dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
+            wide_flops_per_second=None
+            if gemm.wide_flops_per_second is None
+            else -self._minimum(-round(gemm.wide_flops_per_second), device),
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
@@ -151,8 +157,35 @@ class Worker:
         """
         try:
             runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
-        except CaptureError as error:
-            self._tell(f"no step becomes a CUDA graph. {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
+            self._tell(f"no step becomes a CUDA graph. {_first_line(error)}")
+
+    def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
+        """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
+        padded = runner.padded
+        if padded is None:
+            return
+        probe = DeviceProbe(
+            self.config,
+            model,
+            runner.pipeline,
+            cache,
+            GraphTimer(device),
+            most_rows=padded.most_rows,
+            gather=padded.gather,
+        )
+        refusal = ""
+        try:
+            probe.measure_alone()
+        except RuntimeError as error:
+            refusal = _first_line(error)
+        if self._minimum(not refusal, device):
+            probe.measure_together()
+            runner.device_times = probe.times()
+        else:
+            self._tell(f"nobody tells where the time of steps goes. {refusal or 'Another rank could not measure it.'}")
+        del probe
+        _free_device_memory()
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""
@@ -269,8 +302,11 @@ class Worker:
         self._minimum(0, device)  # nobody counts free memory before everybody has loaded
         failure: CapacityError | None = None
         num_blocks = 0
+        if device.type == "cuda":  # torch keeps what warm-up and trials have freed: it counts as taken
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
-            free_bytes = available_bytes(device)
+            free_bytes = max(0, available_bytes(device) - self._step_bytes)
             self._cache_budget, _ = cache_budget(self.config, free_bytes)
             num_blocks = num_affordable_blocks(self.config, free_bytes)
         except CapacityError as error:
@@ -289,6 +325,11 @@ class Worker:
         agreed: Tensor = torch.tensor(value, dtype=torch.int64, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         return int(agreed.item())
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, in short."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _free_device_memory() -> None:

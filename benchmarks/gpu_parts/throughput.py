@@ -143,7 +143,7 @@ async def _run(ledger: Ledger, budget: Budget, checkpoint: Path, sizes: LoadSize
 
 def _add_rows(ledger: Ledger, name: str, result: SteadyResult, peak: GemmPeak, config: EngineConfig) -> None:
     """Tokens per second, the gap between steps, and the waterfall."""
-    optimum = optimal_tokens_per_second(peak.flops_per_second, config.model)
+    optimum = optimal_tokens_per_second(peak.flops_per_second, config.model, peak.wide_flops_per_second)
     waterfall = None if result.waterfall is None else result.waterfall.with_optimum(optimum)
     step = 1e3 * result.seconds / max(1, result.num_steps)
     note = (

@@ -39,6 +39,8 @@ class GroupedExperts(Operation):
         # Of each output channel of each expert, where the weights are in FP8: see `engine.kernels.row_scales`.
         self.gate_up_proj_scale: nn.Parameter | None = None
         self.down_proj_scale: nn.Parameter | None = None
+        # How many of the rows are tokens [1], on the device, where a step is padded: who computes this may skip others.
+        self.num_tokens: Tensor | None = None
 
     def use_fp8(self) -> None:
         """Have weights in FP8; to be called before they have memory."""

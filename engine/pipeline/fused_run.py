@@ -11,16 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.kernels.fp8_product import QuantisedRows
 from engine.layers.activation import SiluAndMul
+from engine.layers.collective import CollectiveOperation
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.pipeline.chain import BoundCall
 from engine.pipeline.graph import LAYER_INPUT
 from engine.pipeline.layer_program import LayerProgram
+from engine.pipeline.stopwatch import Cost
 from engine.step_inputs import StepInputs
+
+# By the signature of a layer's graph: its values by their names.
+LayerSamples = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class FusedRun:
 
     def __init__(self, programs: Sequence[LayerProgram]) -> None:
         self._outputs = [program.graph.output for program in programs]
+        self._signatures = [program.graph.signature for program in programs]
         layers = [[call for bound in program.plain for call in bound.calls] for program in programs]
         in_fp8 = [_in_fp8(calls, output) for calls, output in zip(layers, self._outputs, strict=True)]
         self._layers: list[list[_Instruction]] = []
@@ -80,19 +87,60 @@ class FusedRun:
         for instructions, output in zip(self._layers, self._outputs, strict=True):
             following: dict[str, Any] = {}
             for each in instructions:
-                inputs = [values[value] for value in each.call.values]
-                if each.norm is None:
-                    values[each.call.name] = _computed(each, inputs, step)
-                    continue
-                norm = each.norm.operation
-                assert isinstance(norm, RMSNorm)
-                of_sum = norm.quantised_of_sum if each.quantises else norm.of_sum
-                assert of_sum is not None
-                normed_TE, values[each.call.name] = of_sum(*inputs)
-                (following if each.in_next else values)[each.norm.name] = normed_TE
+                _compute(each, values, following, step)
             values = {LAYER_INPUT: values[output], **following}
         hidden_TE = values[LAYER_INPUT]
         return hidden_TE
+
+    def samples(self, hidden_TE: Tensor, step: StepInputs) -> LayerSamples:
+        """Compute one layer of every kind that there is, and whatever lies before, and keep all values of it.
+
+        Nothing is exchanged with other ranks: a collective, which is a sum in place, gives zeros.
+        """
+        samples: LayerSamples = {}
+        values: dict[str, Any] = {LAYER_INPUT: hidden_TE}
+        for instructions, output, signature in zip(self._layers, self._outputs, self._signatures, strict=True):
+            following: dict[str, Any] = {}
+            for each in instructions:
+                operation = each.call.operation
+                if isinstance(operation, CollectiveOperation):
+                    values[each.call.name] = torch.zeros_like(values[each.call.values[0]])
+                else:
+                    _compute(each, values, following, step)
+            samples.setdefault(signature, {**values, **following})
+            if samples.keys() == set(self._signatures):
+                break
+            values = {LAYER_INPUT: values[output], **following}
+        return samples
+
+    def run_only(self, cost: Cost, samples: LayerSamples, step: StepInputs) -> None:
+        """Compute of all layers what counts as `cost`, each on the values that one of its kind had: to be timed.
+
+        Collectives sum up zeros, which do not grow however often they are.
+        """
+        for instructions, signature in zip(self._layers, self._signatures, strict=True):
+            values = samples[signature]
+            for each in instructions:
+                if each.call.cost is not cost:
+                    continue
+                if isinstance(each.call.operation, CollectiveOperation):
+                    each.call.compute([values[each.call.name]], step)
+                else:
+                    _compute(each, dict(values), {}, step)
+
+
+def _compute(each: _Instruction, values: dict[str, Any], following: dict[str, Any], step: StepInputs) -> None:
+    """Add the results to the values of this layer, or of the following one."""
+    inputs = [values[value] for value in each.call.values]
+    if each.norm is None:
+        values[each.call.name] = _computed(each, inputs, step)
+        return
+    norm = each.norm.operation
+    assert isinstance(norm, RMSNorm)
+    of_sum = norm.quantised_of_sum if each.quantises else norm.of_sum
+    assert of_sum is not None
+    normed_TE, values[each.call.name] = of_sum(*inputs)
+    (following if each.in_next else values)[each.norm.name] = normed_TE
 
 
 def _computed(each: _Instruction, inputs: Sequence[Any], step: StepInputs) -> Tensor | QuantisedRows:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
+from engine.pipeline.capture import CaptureMemoryError, Captures
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.nano_batch import Cut
 from engine.pipeline.padded_inputs import PaddedInputs
@@ -22,6 +22,7 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.schedule import Schedule, ScheduleError
 from engine.pipeline.token_bucket import token_sizes
+from engine.step_inputs import StepInputs
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,16 @@ class PaddedSteps:
         """Steps by plans."""
         return len(self._planned)
 
+    @property
+    def most_rows(self) -> int:
+        """Of the largest."""
+        return self._sizes[-1]
+
+    def gather(self, num_tokens: int) -> StepInputs:
+        """What a step with room for so many tokens begins with, to be timed."""
+        size = self._sizes[bisect_left(self._sizes, num_tokens)]
+        return self._layers.gather(self._whole[size].bucket)
+
     def serve(self, plans: PlanChoice, lanes: Lanes) -> None:
         """Have steps of the plans instead of those of others, the largest first; those that cannot be had are told.
 
@@ -80,8 +91,8 @@ class PaddedSteps:
                     step.capture(self._captures, self.inputs)
             except ScheduleError as error:
                 _log.info("Batches of a plan that are padded to %d tokens run sequentially: %s", size, error)
-            except CaptureError as error:
-                reason = str(error).splitlines()[0]
+            except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
+                reason = str(error).partition("\n")[0] or type(error).__name__
                 _log.warning("Batches of a plan that are padded to %d tokens run sequentially: %s", size, reason)
                 if isinstance(error, CaptureMemoryError):
                     return

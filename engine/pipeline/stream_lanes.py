@@ -137,7 +137,7 @@ class StreamLanes:
         first = bound.calls[0].operation
         if isinstance(first, CollectiveOperation):
             # The waiting in it is the stream's. Where lanes overlap, it runs beside what the others compute.
-            first.into(*values.network_tensors(bound, layer, *tokens), is_beside=bool(self._sides))
+            first.into(*values.network_tensors(bound, layer, *tokens), is_beside=self._grants is not None)
         elif self._grants is None or grant is None:
             values.run(bound, layer, *tokens, stopwatch)
         else:

@@ -1,7 +1,8 @@
 """`Timer`: how long something takes on a device, alone, and two things at the same time.
 
 `HostTimer` reads the host's clock; beside what it computes, collectives fly in the library's own threads. `CudaTimer`
-records events around captured graphs, so that launching costs nothing; two things run on two streams.
+records events around captured graphs, so that launching costs nothing; two things run on two streams. `GraphTimer`
+is for what is large enough to leave no cache warm, and timed once.
 
 Alone, what computes is timed with cold caches: in a model every layer has weights and a KV cache of its own, which the
 layers before have driven out. A collective's buffers were written just before, so for it nothing is driven out; but
@@ -9,9 +10,11 @@ layers before have driven out. A collective's buffers were written just before, 
 burst.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -23,6 +26,7 @@ from engine.tensor_parallel import Collective
 # More than what the processor, or the GPU, keeps near it.
 _HOST_CACHE_BYTES = 2**25
 _CUDA_CACHE_BYTES = 2**28
+_NUM_REPLAYS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -124,6 +128,30 @@ class CudaTimer:
             ends.append(ended)
         torch.cuda.synchronize()
         return [float(started.elapsed_time(ended)) / 1000 for ended in ends]
+
+
+class GraphTimer:
+    """Seconds of what a device does for a computation, launched as one graph: the median of a few runs.
+
+    Whatever is timed so should touch more memory than stays near the processors, as all layers of a model do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._captures = Captures(device)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Raises `CaptureError` where it waits for the device. Calls `run` three times."""
+        captured = self._captures.capture(run)
+        marks: list[torch.cuda.Event] = []
+        for _ in range(_NUM_REPLAYS + 1):
+            marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            marks[-1].record(torch.cuda.current_stream())
+            captured.replay()
+        marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        marks[-1].record(torch.cuda.current_stream())
+        torch.cuda.synchronize()
+        times = [float(before.elapsed_time(after)) / 1000 for before, after in pairwise(marks)]
+        return statistics.median(times[1:])  # the first also waits for its launch
 
 
 class _Side:

@@ -1,5 +1,6 @@
 """Active parameters, counted here from the tensors of a real checkpoint layout, and the optimum that they give."""
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 from safetensors import safe_open
 
 from engine import ModelConfig
-from engine.model_config import Architecture
-from engine.optimum import active_parameters, optimal_tokens_per_second
+from engine.config import EngineConfig
+from engine.executor import CacheCapacity
+from engine.model_config import Architecture, DType
+from engine.optimum import Optimum, active_parameters, optimal_tokens_per_second, wide_parameters
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 
 
@@ -44,3 +47,32 @@ def test_a_mixture_counts_the_experts_that_a_token_visits(tmp_path: Path, archit
 def test_the_optimum_is_two_operations_per_active_parameter() -> None:
     config = sized_config(Architecture.LLAMA)
     assert optimal_tokens_per_second(2e12, config) == pytest.approx(1e12 / active_parameters(config))
+
+
+@pytest.mark.parametrize("architecture", [Architecture.LLAMA, Architecture.QWEN3_MOE])
+def test_products_that_are_not_in_fp8_take_their_time_at_their_own_peak(architecture: Architecture) -> None:
+    config = sized_config(architecture)
+    num_wide = config.hidden_size * config.vocab_size
+    if config.num_experts:
+        num_wide += config.num_layers * config.hidden_size * config.num_experts
+    assert wide_parameters(config) == num_wide
+    seconds = 2 * (active_parameters(config) - num_wide) / 4e12 + 2 * num_wide / 1e12
+    assert optimal_tokens_per_second(4e12, config, 1e12) == pytest.approx(1 / seconds)
+    assert optimal_tokens_per_second(1e12, config, 1e12) == pytest.approx(optimal_tokens_per_second(1e12, config))
+
+
+def test_the_head_has_its_share_of_the_time() -> None:
+    """Not in FP8 it is a larger one; of a group every rank has a part of everything."""
+    model = sized_config(Architecture.LLAMA)
+    config = EngineConfig(model=model, checkpoint=Path("/nonexistent"), dtype=DType.BFLOAT16, tensor_parallel=2)
+    capacity = CacheCapacity(num_blocks=1, block_size=1, gemm_flops_per_second=4e12, dense_flops_per_second=2e12)
+    alike = Optimum.of(config, capacity)
+    head = model.hidden_size * model.vocab_size
+    assert alike is not None and alike.head_share == pytest.approx(head / active_parameters(model))
+    assert alike.tokens_per_second == pytest.approx(2 * alike.dense_tokens_per_second)
+    apart = Optimum.of(config, replace(capacity, wide_flops_per_second=1e12))
+    assert apart is not None
+    others = active_parameters(model) - head
+    assert apart.head_share == pytest.approx(4 * head / (4 * head + others))
+    assert apart.tokens_per_second == pytest.approx(2 / (2 * others / 4e12 + 2 * head / 1e12))
+    assert apart.dense_tokens_per_second == pytest.approx(2 / (2 * others / 2e12 + 2 * head / 1e12))

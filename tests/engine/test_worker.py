@@ -307,3 +307,14 @@ def test_errors_of_the_start_keep_their_type(config: EngineConfig, tmp_path: Pat
     executor.close()
     with pytest.raises(ConfigError, match="one rank"):
         InlineExecutor(replace(config, tensor_parallel=2))
+
+
+def test_what_steps_take_is_not_the_caches(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(replace(config, num_blocks=NUM_BLOCKS))
+    worker._step_bytes = 1000
+    cache_bytes = NUM_BLOCKS * bytes_per_block(config)
+    monkeypatch.setattr("engine.worker.available_bytes", lambda device: cache_bytes + 1000)
+    assert worker._agree_on_blocks(torch.device("cpu")) == NUM_BLOCKS
+    monkeypatch.setattr("engine.worker.available_bytes", lambda device: cache_bytes + 999)
+    with pytest.raises(CapacityError, match="at most 39 blocks fit"):
+        worker._agree_on_blocks(torch.device("cpu"))

@@ -2,7 +2,8 @@
 
 Program c looks at the sequence that its share ends in. If it began there and goes on, its parts are the second of c and
 the first of every program up to the one that it ends in; they are joined in that order. A few KiB per program, about
-two microseconds; its grid is (programs, heads of a group), however many sequences were cut.
+two microseconds; its grid is (programs, heads of a group), however many sequences were cut. Sequences without a token,
+which are in no share, get their zeros here.
 """
 
 # mypy: disable-error-code="misc"
@@ -20,16 +21,20 @@ _PARTS = 16
 def merge_parts(
     scratch: DecodeScratch, output_DHd: Tensor, *, num_kv_heads: int, num_ctas: int, value_scale: float
 ) -> None:
-    """Write the rows of `output_DHd` whose parts are in `scratch`, after `num_ctas` programs have left them there."""
+    """Write the rows of `output_DHd` whose parts are in `scratch`, after `num_ctas` programs have left them there, and
+    those of empty sequences.
+    """
     num_heads, head_dim = output_DHd.shape[1:]
     group_size = num_heads // num_kv_heads
     _merge[(num_ctas, group_size)](
         scratch.num_tiles,
         scratch.tiles,
+        scratch.is_empty,
         scratch.partial_sums,
         scratch.partial_weights,
         output_DHd,
         value_scale,
+        len(output_DHd),
         output_DHd.stride(0),
         scratch.tiles.shape[1],
         NUM_KV_HEADS=num_kv_heads,
@@ -41,14 +46,16 @@ def merge_parts(
     )
 
 
-@triton.jit(do_not_specialize=["value_scale", "capacity"])
+@triton.jit(do_not_specialize=["value_scale", "num_rows", "capacity"])
 def _merge(
     num_planned: tl.tensor,
     tiles: tl.tensor,
+    is_empty: tl.tensor,
     partial_sums: tl.tensor,
     partial_weights: tl.tensor,
     output: tl.tensor,
     value_scale: tl.tensor,
+    num_rows: tl.tensor,
     output_stride: tl.tensor,
     capacity: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
@@ -57,9 +64,14 @@ def _merge(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """One query head of the group whose context the program's share ends in."""
+    """One query head of the group whose context the program's share ends in, and of every empty sequence that falls to
+    the program.
+    """
     program = tl.program_id(0)
     member = tl.program_id(1)
+    for empty_row in range(program, num_rows, tl.num_programs(0)):
+        if tl.load(is_empty + empty_row) != 0:
+            _clear(output + tl.cast(empty_row, tl.int64) * output_stride, member, NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH)
     num_tiles = tl.load(num_planned)
     total = num_tiles * NUM_KV_HEADS
     first, last = share_of(program, tl.num_programs(0), total)
@@ -95,6 +107,22 @@ def _merge(
                 (sum_d * (value_scale / tl.maximum(weight, 1.0e-30))).to(output.dtype.element_ty),
                 mask=dims_d < HEAD_DIM,
             )
+
+
+@triton.jit
+def _clear(
+    row: tl.tensor,
+    member: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Zeros for one query head of every group."""
+    dims_d = tl.arange(0, WIDTH)
+    for head in range(NUM_KV_HEADS):
+        zeros_d = tl.zeros((WIDTH,), row.dtype.element_ty)
+        tl.store(row + (head * GROUP + member) * HEAD_DIM + dims_d, zeros_d, mask=dims_d < HEAD_DIM)
 
 
 @triton.jit

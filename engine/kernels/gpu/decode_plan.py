@@ -41,6 +41,7 @@ class DecodeScratch:
 
     num_tiles: Tensor  # [1]: tiles in the plan
     tiles: Tensor  # [4, capacity]: row, bounds, tiles of the sequence before this one, tiles after it
+    is_empty: Tensor  # [rows]: 1 for a sequence of length 0, which has no tile and wants zeros
     places: (
         Tensor  # [capacity, pages of a tile]: the block of each page; with several tiles in a block, the tile's number
     )
@@ -69,6 +70,7 @@ class DecodeScratch:
         return cls(
             num_tiles=torch.zeros(1, dtype=torch.int32, device=device),
             tiles=torch.zeros((4, capacity), dtype=torch.int32, device=device),
+            is_empty=torch.zeros(max_rows, dtype=torch.int32, device=device),
             places=torch.zeros((capacity, max(1, tile // block_size)), dtype=torch.int32, device=device),
             partial_sums=torch.zeros(sums_shape, dtype=torch.int16, device=device),
             partial_weights=torch.zeros((max_ctas, 2, 2, group_size), dtype=torch.float32, device=device),
@@ -77,7 +79,11 @@ class DecodeScratch:
     def check(self, *, rows: int, max_blocks: int, block_size: int, group_size: int, num_ctas: int, tile: int) -> None:
         """Raises `ConfigError` when a launch of this size would not fit."""
         needed = rows * num_row_tiles(max_blocks, block_size, tile)
-        if needed > self.tiles.shape[1] or self.places.shape[1] != max(1, tile // block_size):
+        if (
+            needed > self.tiles.shape[1]
+            or rows > len(self.is_empty)
+            or self.places.shape[1] != max(1, tile // block_size)
+        ):
             raise ConfigError(
                 f"DecodeScratch has room for {self.tiles.shape[1]} tiles of {self.places.shape[1]} pages; {rows} "
                 f"sequences with block tables of {max_blocks} blocks of {block_size} tokens need {needed} tiles of "
@@ -92,7 +98,7 @@ class DecodeScratch:
 
 
 def num_row_tiles(max_blocks: int, block_size: int, tile: int) -> int:
-    """Tiles that one sequence can have: at least one, since an empty sequence gets a tile without visible tokens."""
+    """Tiles that one sequence can have, and at least room for one."""
     return max(1, -(-max_blocks * block_size // tile))
 
 
@@ -111,6 +117,7 @@ def plan_decode(
         block_tables_DB,
         scratch.num_tiles,
         scratch.tiles,
+        scratch.is_empty,
         scratch.places,
         len(lengths_D),
         block_tables_DB.stride(0),
@@ -128,16 +135,11 @@ def plan_decode(
 def _span(
     length: tl.tensor, window: tl.tensor, longest: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Length, first visible token, first tile and number of tiles of sequences of these lengths.
-
-    Those of a negative length have none: nobody will write their rows.
-    """
-    is_absent = length < 0
+    """Length, first visible token, first tile and number of tiles of sequences of these lengths; no token, no tile."""
     length = tl.minimum(tl.maximum(length.to(tl.int32), 0), longest)
     begin = tl.maximum(length - window, 0)
     first_tile = begin // TILE
-    count = tl.maximum((length + TILE - 1) // TILE - first_tile, 1)
-    return length, begin, first_tile, tl.where(is_absent, 0, count)
+    return length, begin, first_tile, (length + TILE - 1) // TILE - first_tile
 
 
 @triton.jit(do_not_specialize=["lengths", "block_tables", "num_rows", "table_stride", "capacity", "window", "longest"])
@@ -146,6 +148,7 @@ def _plan(
     block_tables: tl.tensor,
     num_tiles: tl.tensor,
     tiles: tl.tensor,
+    is_empty: tl.tensor,
     places: tl.tensor,
     num_rows: tl.tensor,
     table_stride: tl.tensor,
@@ -167,7 +170,9 @@ def _plan(
         others_E = tl.load(lengths + chunk + entries_E, mask=is_before_E, other=0)
         _, _, _, counts_E = _span(others_E, window, longest, TILE)
         entry += tl.sum(tl.where(is_before_E, counts_E, 0))
-    length, begin, first_tile, count = _span(tl.load(lengths + row), window, longest, TILE)
+    given_length = tl.load(lengths + row)
+    tl.store(is_empty + row, (given_length == 0).to(tl.int32))
+    length, begin, first_tile, count = _span(given_length, window, longest, TILE)
     if row == num_rows - 1:
         tl.store(num_tiles, entry + count)
     for chunk in range(0, count, CHUNK):

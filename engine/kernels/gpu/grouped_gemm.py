@@ -202,7 +202,9 @@ def _launch(
     if num_sms < 1:
         raise ConfigError(f"grouped GEMM: num_sms is {num_sms}; at least one program must run")
     if output is None:
-        output = a.new_empty((num_copies, num_columns))
+        # Rows without a copy are multiplied with the others of their tile and not stored: no matter what they hold,
+        # but for the interpreter, which warns of numbers that are none.
+        output = (a.new_empty if a.is_cuda else a.new_zeros)((num_copies, num_columns))
     if output.shape != (num_copies, num_columns) or output.stride(1) != 1 or output.dtype != a.dtype:
         raise ConfigError(
             f"grouped GEMM: the output is {list(output.shape)} of {output.dtype} with strides {output.stride()}; "

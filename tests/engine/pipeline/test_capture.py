@@ -1,12 +1,13 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import CaptureError, Captures, refuse_in_capture
 from tests.engine.pipeline.deferred_cuda import DEVICE, RecordedGraphs, deferred_cuda, recorded_graphs
 
 
@@ -74,6 +75,45 @@ def test_other_errors_stay_what_they_are(graphs: RecordedGraphs) -> None:
         Captures(DEVICE).capture(run)
     assert not isinstance(caught.value, CaptureError)
     assert calls == [0, 2] and graphs.sync_mode == 0
+    assert graphs.log == ["synchronize"], "its side streams were never joined"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), KeyboardInterrupt()])
+def test_a_recording_that_breaks_off_leaves_the_caller_where_it_was(
+    graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """As torch has it: where ending the recording fails, its stream stays the current one."""
+
+    @contextmanager
+    def breaking(graph: object, **settings: Any) -> Iterator[None]:
+        graphs.cuda.current = settings["stream"]
+        try:
+            yield
+        finally:
+            raise error
+
+    ended: list[tuple[int, object]] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: ended.append((index, pool)))
+    captures = Captures(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", breaking)
+        with pytest.raises(type(error)):
+            captures.capture(_run(graphs))
+    assert graphs.log[-1] == "synchronize" and ended == [(0, ("pool", 1))]
+    assert graphs.cuda.current is graphs.cuda.main
+    assert captures.capture(_run(graphs)).replay() == "result"
+
+
+def test_what_waits_refuses_inside_a_recording_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_in_capture("a copy")
+    for is_capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=is_capturing: now)
+        if is_capturing:
+            with pytest.raises(CaptureError, match="a copy waits for the device"):
+                refuse_in_capture("a copy")
+        else:
+            refuse_in_capture("a copy")
 
 
 def test_what_the_graph_reads_lives_as_long_as_the_graph(graphs: RecordedGraphs) -> None:

@@ -124,7 +124,11 @@ def test_all_graphs_lie_in_one_pool() -> None:
         assert replays == {1: 0, 2: 0, 4: 1, 6: 0}
 
 
-@pytest.mark.parametrize("error", [CaptureError("It waits."), CaptureMemoryError("It waits.\nFor memory.")])
+@pytest.mark.parametrize(
+    "error",
+    [CaptureError("It waits."), CaptureMemoryError("It waits.\nFor memory."), RuntimeError("It waits.")],
+    ids=["refused", "out of memory", "as torch says it"],
+)
 def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception) -> None:
     class Refusing:
         def capture(self, run: object) -> None:
@@ -179,6 +183,31 @@ def test_padded_and_other_steps_follow_each_other() -> None:
             tokens.append(runner.launch(script.step(decodes=[0, 1])).wait().token_ids.tolist())
         answered.append(tokens)
     assert answered[0] == answered[1]
+
+
+def test_padding_goes_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
+
+    told: list[int | None] = []
+
+    def noting(*arguments: Any, num_tokens: Tensor | None, **options: Any) -> Tensor:
+        told.append(None if num_tokens is None else int(num_tokens))
+        return mixture_of_experts(*arguments, num_tokens=num_tokens, **options)
+
+    monkeypatch.setattr("engine.gpu_operations.mixture_of_experts", noting)
+    config = config_of(Architecture.MIXTRAL)
+    runner = padded_runner(config)
+    padded = runner.padded
+    script = BatchScript(NUM_BLOCKS, config.block_size)
+    script.admit(0, PROMPTS[3], GREEDY)
+    script.admit(1, PROMPTS[1], GREEDY)
+    runner.launch(script.step(prefills=[(0, 3)])).wait()
+    runner.launch(script.step(decodes=[0], prefills=[(1, 1)])).wait()
+    runner.padded = None
+    runner.launch(script.step(decodes=[0, 1])).wait()
+    num_layers = config.model.num_layers
+    assert padded is not None and told[: 2 * num_layers] == [3] * num_layers + [2] * num_layers
+    assert set(told[2 * num_layers :]) == {None}
 
 
 def batch_of_mixed() -> Batch:

@@ -119,6 +119,15 @@ def test_rows_of_a_negative_length_stay_as_they_are(lengths: tuple[int, ...], de
     check(output.cpu()[~is_absent], expected(query, cache)[~is_absent], torch.float32)
 
 
+@pytest.mark.parametrize("num_ctas", [1, 3])
+def test_a_step_without_decodes_has_no_tile_and_gives_zeros(num_ctas: int, device: torch.device) -> None:
+    """More rows than programs, as lanes of a padded step are."""
+    cache = PagedCache.random((0,) * 5, num_kv_heads=2, block_size=32, head_dim=64, dtype=torch.float32, device=device)
+    query = torch.randn(5, 6, 64, device=device)
+    output = torch.full((5, 6, 64), torch.nan, device=device)
+    assert not attend(query, cache, num_ctas, output=output).any()
+
+
 @pytest.mark.parametrize("num_ctas", [1, 3, 7, 40, 150])
 def test_any_number_of_programs_gives_the_same(num_ctas: int, device: torch.device) -> None:
     """From one program for everything to many for one sequence, and more programs than tiles."""

@@ -49,12 +49,13 @@ def check(
     places = scratch.places.tolist()
     entry = 0
     for row, length in enumerate(lengths):
+        assert scratch.is_empty[row].item() == (length == 0)
         if length < 0:
             continue
         length = min(max(length, 0), tables.shape[1] * block_size)
         begin = 0 if window is None else max(0, length - window)
         first = begin // tile
-        count = max(1, -(-length // tile) - first)
+        count = -(-length // tile) - first if length else 0
         for number in range(count):
             start = (first + number) * tile
             assert (rows[entry], done[entry], left[entry]) == (row, number, count - 1 - number)
