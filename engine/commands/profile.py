@@ -40,6 +40,12 @@ def profile(
     dtype: Annotated[NumberFormat | None, typer.Option(help="Number format (default: the checkpoint's).")] = None,
     device: Annotated[DeviceKind, typer.Option()] = DeviceKind.CPU,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a rank (default: its share).")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest sequence, as the server has it (default: 2048).")
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once, as the server has it (default: 256).")
+    ] = None,
 ) -> None:
     """Measure the operations of a layer for `plan --profile`; interrupted, it goes on where it stopped."""
     from engine.commands.terminal import show_progress
@@ -48,7 +54,7 @@ def profile(
     from engine.pipeline.profile_summary import profile_summary
 
     model_config = ModelConfig.from_checkpoint(model)
-    max_model_len = min(2048, model_config.max_position_embeddings)
+    max_model_len = max_model_len or min(2048, model_config.max_position_embeddings)
     config = EngineConfig(
         model=model_config,
         checkpoint=model,
@@ -58,7 +64,7 @@ def profile(
         tensor_parallel=tensor_parallel,
         max_model_len=max_model_len,
         max_batch_tokens=tokens,
-        max_sequences=min(256, tokens),
+        max_sequences=max_sequences or min(256, tokens),
         block_size=BLOCK_SIZE,
         num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the profiler brings a cache of its own
         num_threads=threads,

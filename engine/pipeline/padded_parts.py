@@ -48,15 +48,15 @@ class PaddedParts:
         found: list[Rows] = []
         for (first, last), nano_batch in zip(pairwise(self._bucket.borders), self._bucket.nano_batches, strict=True):
             if kind is TokenKind.DECODE:
-                low, high = max(first, start), min(first + nano_batch.num_lanes, stop)
-            else:
-                low, high = (first, last) if nano_batch.num_chunks else (first, first)
-            if start <= low < high <= stop:
-                found.append((low, high))
+                last = first + nano_batch.num_lanes
+            elif not nano_batch.num_chunks:
+                last = first
+            if start <= first < last <= stop:
+                found.append((first, last))
         return found or [(start, start)]
 
     def part(self, start: int, stop: int, kind: TokenKind) -> StepInputs:
-        """What a step reads on rows `start` to `stop`, of one nano-batch unless it is of both kinds."""
+        """What a step reads on rows `start` to `stop`: those of one nano-batch, unless it is of both kinds."""
         key = (start, stop, kind)
         if key not in self._parts:
             self._parts[key] = self._made(start, stop, kind)
@@ -65,32 +65,15 @@ class PaddedParts:
     def _made(self, start: int, stop: int, kind: TokenKind) -> StepInputs:
         if kind is TokenKind.ALL:
             return _of_tokens(self.whole, start, stop)
-        borders = self._bucket.borders
-        number = next(index for index, last in enumerate(borders[1:]) if start < last)
-        step, first = self._steps[number], borders[number]
-        assert stop <= borders[number + 1], "attention of several nano-batches at once"
-        if kind is TokenKind.PREFILL:
-            return _without_decodes(step)
-        lanes = slice(start - first, min(stop - first, step.num_decodes))
-        return replace(
-            _without_chunks(_of_tokens(step, start - first, stop - first)),
-            decode_block_tables=step.decode_block_tables[lanes],
-            decode_lengths=step.decode_lengths[lanes],
-            num_decodes=len(step.decode_lengths[lanes]),
-        )
+        number = self._bucket.borders.index(start)
+        assert stop <= self._bucket.borders[number + 1], "attention of several nano-batches at once"
+        step = self._steps[number]
+        return _without_chunks(step) if kind is TokenKind.DECODE else _without_decodes(step)
 
 
 def _of_tokens(step: StepInputs, start: int, stop: int) -> StepInputs:
     rows = slice(start, stop)
-    # Attention of a part has a plan of its own.
-    return replace(
-        step,
-        tokens=step.tokens[rows],
-        positions=step.positions[rows],
-        slots=step.slots[rows],
-        prefill_plans={},
-        decode_plans={},
-    )
+    return replace(step, tokens=step.tokens[rows], positions=step.positions[rows], slots=step.slots[rows])
 
 
 def _without_decodes(step: StepInputs) -> StepInputs:

@@ -124,7 +124,7 @@ class Selector:
             # waits for the network looked at first: without a network, attention is what there is to overlap.
             profile = profile or self._finished()
             if profile is None:
-                self._progress("no plans are made without a profile of this setup: `nanoserve profile` measures one")
+                self._progress("no plans are made without a profile of this setup, as `nanoserve profile` measures it")
                 return stored
             return self.plan(profile, effort, started, stored)
         if stored is not None:

@@ -15,12 +15,13 @@ from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.split_schedule import split_schedule
 from engine.pipeline.synthetic_step import synthetic_batch, synthetic_cache, synthetic_step
-from engine.pipeline.trial import MIN_ROUNDS, Contestant, Trial
+from engine.pipeline.trial import Contestant, Trial
 from engine.tensor_parallel import TensorParallel
 from tests.engine.gpu_case import DEVICE, config_of, random_model
 
 pytest.importorskip("triton")
 
+NUM_ROUNDS = 1
 SHAPE = BatchShape(num_decodes=3, num_prefills=9, decode_context=8, prefill_context=4)
 
 
@@ -57,10 +58,10 @@ def test_plans_and_the_baseline_are_the_graphs_that_would_be_served() -> None:
     trial, _, contestants = trial_of(config_of(Architecture.LLAMA), kernels=True)
     captures = Replays()
     trial._captures = captures  # type: ignore[assignment]
-    timings = trial.run(contestants, SHAPE, 0.0)
-    assert [len(timing.rounds) for timing in timings] == [MIN_ROUNDS] * 2
+    timings = trial.run(contestants, SHAPE, 0.0, NUM_ROUNDS)
+    assert [len(timing.rounds) for timing in timings] == [NUM_ROUNDS] * 2
     assert captures.asked == ["_run_whole", "_run_cut"]
-    assert captures.replayed == ["_run_whole", "_run_cut"] * (MIN_ROUNDS + 1)
+    assert captures.replayed == ["_run_whole", "_run_cut"] * (NUM_ROUNDS + 1)
 
 
 def test_a_plan_that_would_not_be_served_gains_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,8 +70,8 @@ def test_a_plan_that_would_not_be_served_gains_nothing(caplog: pytest.LogCapture
     captures = Replays(refused=(1,))
     trial._captures = captures  # type: ignore[assignment]
     alone = split_schedule(pipeline.graph, Cut((NanoBatch(3, 0), NanoBatch(0, 9))))
-    trial.run([*contestants, Contestant(alone, True)], SHAPE, 0.0)
-    assert set(captures.replayed) == {"_run_whole"} and len(captures.replayed) == 3 * (MIN_ROUNDS + 1)
+    trial.run([*contestants, Contestant(alone, True)], SHAPE, 0.0, NUM_ROUNDS)
+    assert set(captures.replayed) == {"_run_whole"} and len(captures.replayed) == 3 * (NUM_ROUNDS + 1)
     assert [record.message.partition(" has")[0] for record in caplog.records] == [
         "A plan would not be run: It waits.",
         "A plan would not be run: a nano-batch of 3 decodes and 0 prefill tokens, beside others with the other kind,",
@@ -86,8 +87,8 @@ def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytes
     launched = []
     run = pipeline.run
     monkeypatch.setattr(pipeline, "run", lambda *args: launched.append(args[1]) or run(*args))
-    trial.run(contestants, SHAPE, 0.0)
-    assert launched == [each.schedule for each in contestants] * (MIN_ROUNDS + 1)
+    trial.run(contestants, SHAPE, 0.0, NUM_ROUNDS)
+    assert launched == [each.schedule for each in contestants] * (NUM_ROUNDS + 1)
     assert captures.replayed == [] and len(captures.asked) == (why == "it waits")
 
 
