@@ -32,6 +32,8 @@ from tests.engine.pipeline.deferred_cuda import DEVICE, DeferredCuda, DeferredSt
 from tests.engine.pipeline.green_driver import FakeDriver
 
 pytest.importorskip("triton")
+# On a device itself, the part `pipeline` of `make gpu` runs every mechanism.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted, the device is made up")
 
 NUM_UNITS = 16  # three tenths are 8, and so are seven
 BATCH = BatchShape(num_decodes=4, num_prefills=6, decode_context=18, prefill_context=8)
