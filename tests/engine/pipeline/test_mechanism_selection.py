@@ -16,8 +16,8 @@ from engine.pipeline.schedule import Lane, Mechanism, Schedule
 from engine.pipeline.selection import Selector
 from engine.pipeline.trial import Contestant, Timing, Trial
 from engine.tensor_parallel import TensorParallel
+from tests.engine.pipeline.overlap_case import COSTS
 from tests.engine.pipeline.rehearsal import CONFIG, FINGERPRINT, Rehearsal, halves, pipeline_of
-from tests.engine.pipeline.test_overlap_costs import COSTS
 
 PIPELINE = pipeline_of(1)
 SHAPE = BatchShape(num_decodes=128, num_prefills=128, decode_context=16, prefill_context=8)
