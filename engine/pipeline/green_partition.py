@@ -49,6 +49,8 @@ class GreenPartition:
         torch.cuda.synchronize(device)  # makes the device's primary context, in which kernels are loaded
         calls = _Calls(driver)
         number = calls("cuDeviceGet", device.index or 0)
+        if not hasattr(driver, "CUdevResourceType"):
+            raise GreenPartitionError("cuda.bindings.driver has no CUdevResourceType: it is older than green contexts.")
         whole = calls("cuDeviceGetDevResource", number, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
         groups, _, rest = calls("cuDevSmResourceSplitByCount", 1, whole, 0, num_first)
         if len(groups) != 1:

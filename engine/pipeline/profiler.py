@@ -145,8 +145,9 @@ class Profiler:
         found = self._stored(path)
         if found is None:
             return None
-        is_finished = not any(pairing.missing_in(found) for pairing in self._pairs)
-        return found if is_finished and {node.name for node in self._traced.graph.nodes} <= set(found.nodes) else None
+        nodes = self._traced.graph.nodes
+        has_nodes = all(node.name in found.nodes and self._has_modes(found, node) for node in nodes)
+        return found if has_nodes and not any(pairing.missing_in(found) for pairing in self._pairs) else None
 
     @cached_property
     def _mechanisms(self) -> tuple[Mechanism, ...]:
@@ -199,11 +200,15 @@ class Profiler:
         found = self._done.nodes.get(node.name)
         if found is None:
             return False
-        has_modes = all(
-            each in self._done.mechanisms and self._done.by(each).nodes[node.name].modes for each in self._mechanisms
-        )
         wanted = {_recorded(node, shape) for shape in self._shapes(node)}
-        return has_modes and wanted <= {sample.shape for sample in found.samples}
+        return self._has_modes(self._done, node) and wanted <= {sample.shape for sample in found.samples}
+
+    def _has_modes(self, profile: Profile, node: Node) -> bool:
+        """Whether its speeds were measured by every mechanism that there is here."""
+        return all(
+            mechanism in profile.mechanisms and profile.by(mechanism).nodes[node.name].modes
+            for mechanism in self._mechanisms
+        )
 
     def _shapes(self, node: Node) -> list[BatchShape]:
         """The points of the grid for a node: sizes, and contexts where it reads the cache."""

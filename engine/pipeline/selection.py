@@ -291,8 +291,9 @@ class Selector:
         plans = plans_by_mechanism(costs, shape, search, seconds)
         sequential = plans[0].sequential.step_seconds
         count = _NUM_CANDIDATES if len(plans) == 1 else _NUM_CANDIDATES_EACH
-        best = [candidate for planned in plans for candidate in planned.candidates[:count]]
-        candidates = [candidate for candidate in best if candidate.step_seconds <= (1 - least_gain) * sequential]
+        best = {candidate.schedule: candidate for planned in plans for candidate in planned.candidates[:count]}
+        worth = (1 - least_gain) * sequential
+        candidates = [candidate for candidate in best.values() if candidate.step_seconds <= worth]
         for candidate in candidates:
             self._pipeline.check(candidate.schedule)
         return json.dumps([sequential, [(str(each.schedule), each.step_seconds) for each in candidates]])

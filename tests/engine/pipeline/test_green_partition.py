@@ -39,6 +39,10 @@ def test_a_missing_package_and_an_old_one_are_said(monkeypatch: pytest.MonkeyPat
     with pytest.raises(GreenPartitionError, match="has no cuDeviceGet"):
         GreenPartition.split(DEVICE, 40, driver=SimpleNamespace())
 
+    old = SimpleNamespace(cuDeviceGet=lambda index: (0, index))
+    with pytest.raises(GreenPartitionError, match="older than green contexts"):
+        GreenPartition.split(DEVICE, 40, driver=old)
+
     def absent(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
