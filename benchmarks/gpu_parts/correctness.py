@@ -184,9 +184,7 @@ def _requests(crowd: Crowd, *, with_logprobs: bool) -> list[Request]:
                 logprobs=NUM_LOGPROBS if with_logprobs and not temperature and index % 2 == 0 else None,
             )
             request_id = RequestId(f"{length}-{temperature}")
-            requests.append(
-                Request(request_id=request_id, prompt_token_ids=tuple(prompt.tolist()), sampling=sampling)
-            )
+            requests.append(Request(request_id=request_id, prompt_token_ids=tuple(prompt.tolist()), sampling=sampling))
     return requests
 
 

@@ -45,7 +45,8 @@ GROUPS: Mapping[Part, tuple[str, ...]] = {
     Part.ACCURACY: ("perplexity", "logits"),
     Part.CEILINGS: ("read", "product"),
     Part.KERNELS_FAST: (
-        "ceiling", "decode attention", "decode choices", "prefill", "prefill attention", "memory", "sampling", "experts",
+        "ceiling", "decode attention", "decode choices", "prefill", "prefill attention", "memory", "sampling",
+        "experts",
     ),
     Part.CO_RUN: ("co-run", "green"),
     Part.PROFILE: ("profile",),

@@ -116,7 +116,7 @@ def _run_engine(
             from gpu_parts.graph_checks import check_graphs
 
             check_engine(ledger, budget.part(0.7), root)
-            check_graphs(ledger, budget, torch.device("cuda", torch.cuda.current_device()), seed)
+            check_graphs(ledger, budget, root, torch.device("cuda", torch.cuda.current_device()), seed)
             return
         if part is Part.ACCURACY:
             from gpu_parts.accuracy import measure_accuracy

@@ -157,7 +157,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_dead_and_a_hanging_process_cost_one_check_each(tmp_path: Path) -> None:
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-correct")
     check_kernels(ledger, Budget(60.0), numbered_checks(6), CheckPool(2, [], seconds_per_check=1.5))
     wrong = {row.name: row.note for row in ledger.rows if row.is_right is False and row.is_shown}
     assert "its process ended with 3" in wrong["kernel fp32 1"]
@@ -170,7 +170,7 @@ def test_a_dead_and_a_hanging_process_cost_one_check_each(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("worker")
 def test_what_there_is_no_time_for_is_left_out_and_not_wrong(tmp_path: Path) -> None:
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-correct")
     check_kernels(ledger, Budget(0.5), numbered_checks(3), CheckPool(1, []))
     (row,) = ledger.rows
     assert row.is_right is None and NO_TIME in row.note and ledger.is_right
