@@ -51,6 +51,7 @@ class Crowd:
     long_outputs: int = 150
     num_blocks: int = 16
     max_batch_tokens: int = 256
+    max_model_len: int = 448
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def _compared(
         dtype=number_format.dtype,
         product_format=number_format,
         device=device,
-        max_model_len=1024,
+        max_model_len=crowd.max_model_len,
         max_batch_tokens=crowd.max_batch_tokens,
         max_sequences=32,
         block_size=64,

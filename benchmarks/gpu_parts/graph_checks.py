@@ -53,6 +53,7 @@ _BUCKET_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 384, 512)
 class GraphSizes:
     """Of the model, the steps and their number. `head_dim` times eight heads are the hidden size."""
 
+    num_layers: int = 2
     head_dim: int = 64
     num_rows: int = 40
     num_blocks: int = 120
@@ -228,6 +229,7 @@ def _config(
     if not path.exists():
         shape = sized_config(
             architecture,
+            num_layers=sizes.num_layers,
             hidden_size=8 * sizes.head_dim,
             intermediate_size=12 * sizes.head_dim,
             num_heads=8,

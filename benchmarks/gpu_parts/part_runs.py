@@ -100,7 +100,7 @@ def _run(
     elif part is Part.PROFILE:
         from gpu_parts.layer_profiles import measure_profiles
 
-        measure_profiles(ledger, budget, folder)
+        measure_profiles(ledger, budget, folder, torch.device("cuda", torch.cuda.current_device()))
     else:
         _run_engine(part, ledger, budget, scratch, schedules, seed)
 
