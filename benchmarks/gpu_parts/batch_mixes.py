@@ -101,10 +101,13 @@ class BatchMixes:
             chunks = []
         if kind == "no decodes" and chunks:
             decodes = []
-        most = sum(self._rows[number].missing for number in chunks) + len(decodes)
+        most = min(sum(self._rows[number].missing for number in chunks) + len(decodes), self._bucket_sizes[-1])
         sizes = [size for size in self._bucket_sizes if size <= most]
-        limit = self._random.choice(sizes[-3:]) if kind == "full bucket" else self._random.randint(1, max(1, most))
-        limit = min(limit, self._bucket_sizes[-1])
+        limit = (
+            self._random.choice(sizes[-3:])
+            if sizes and kind == "full bucket"
+            else self._random.randint(1, max(1, most))
+        )
         work = [(number, 1) for number in decodes[:limit]]
         left = limit - len(work)
         for number in chunks:

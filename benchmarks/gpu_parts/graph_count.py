@@ -32,7 +32,8 @@ class GraphCount:
             self.num_replayed += 1
             return replay(run)
 
-        Captures.capture, CapturedRun.replay = counted_capture, counted_replay  # type: ignore[method-assign]
+        Captures.capture = counted_capture  # type: ignore[method-assign, assignment]
+        CapturedRun.replay = counted_replay  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -91,14 +91,14 @@ def test_random_steps_are_of_every_kind_and_lose_no_block() -> None:
             assert places == slots[: len(places)]
             slots = slots[len(places) :]
     assert all(mixes.kinds[kind] for kind in KINDS if kind != "full bucket")
-    assert sizes[1] and sum(sizes[size] for size in (16, 32, 64)) > 20
+    assert sizes[1] and sum(sizes[size] for size in (16, 32, 64)) > 5 and len(sizes) > 10
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
 def test_padded_steps_are_compared_and_a_wrong_one_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = quiet_ledger(tmp_path, "correctness")
-    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 1, SMALL_GRAPHS)
+    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 2, SMALL_GRAPHS)
     (row,) = ledger.rows
     assert row.is_right and row.value is not None and row.value < 1e-4, row.note
     assert "5 steps" in row.note and "100.0 % of tokens equal" in row.note
@@ -111,9 +111,9 @@ def test_padded_steps_are_compared_and_a_wrong_one_is_found(tmp_path: Path, monk
         return pending
 
     monkeypatch.setattr(ModelRunner, "launch", spoiling)
-    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 1, replace(SMALL_GRAPHS, num_steps=2))
+    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 2, replace(SMALL_GRAPHS, num_steps=2))
     assert ledger.rows[-1].is_right is False, "other values in the cache are seen"
-    check_graphs(ledger, Budget(0.0), tmp_path, CPU, 1, SMALL_GRAPHS)
+    check_graphs(ledger, Budget(0.0), tmp_path, CPU, 2, SMALL_GRAPHS)
     assert ledger.rows[-1].note == NO_TIME
 
 
