@@ -198,7 +198,7 @@ class _EngineRun:
                 elif mode is not SEQUENTIAL and not budget.has(sizes.window_seconds + 2 * sizes.warm_seconds + 2):
                     self._ledger.skip("throughput", named, NO_TIME)
                 else:
-                    await self._measured(named, load, executor, config, mode, start, peak)
+                    await self._measured(named, load, engine, executor, config, mode, start, peak)
         finally:
             executor.ask(lambda worker: SEQUENTIAL.use(worker, config))
             await load.end()
@@ -207,6 +207,7 @@ class _EngineRun:
         self,
         name: str,
         load: SteadyLoad,
+        engine: LLMEngine,
         executor: InlineExecutor,
         config: EngineConfig,
         mode: EngineMode,
@@ -223,13 +224,13 @@ class _EngineRun:
             note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             self._ledger.add(Row(group="throughput", name=name, is_right=False, note=note))
             return
-        replayed = self._graphs.num_replayed
+        replayed, launched = self._graphs.num_replayed, engine.stats().num_steps
         with self._power.sampled() as readings:
             result = await load.window(self._sizes.window_seconds, self._sizes.warm_seconds)
         steps = ModeSteps(
             num_captured=self._graphs.num_captured - captured,
             num_replayed=self._graphs.num_replayed - replayed,
-            num_steps=result.num_steps,
+            num_steps=engine.stats().num_steps - launched,
             clocks=described(readings),
         )
         for row in throughput_rows(name, result, peak, config, start, steps):

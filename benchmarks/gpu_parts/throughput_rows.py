@@ -80,7 +80,7 @@ class EngineStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeSteps:
-    """What the steps of a window became: `num_captured` graphs were made for its mode."""
+    """What the steps of a mode became, before its window and in it: `num_captured` graphs were made for it."""
 
     num_captured: int
     num_replayed: int
@@ -104,9 +104,9 @@ def throughput_rows(
     step = 1e3 * result.seconds / max(1, result.num_steps)
     parts = [
         problem,
-        f"{result.mean_running:.0f} running, {result.num_steps} steps of {step:.1f} ms, {steps.num_replayed} replayed",
+        f"{result.mean_running:.0f} running, {result.num_steps} steps of {step:.1f} ms",
         f"filled in {result.fill_seconds:.0f} s; plans {result.num_steps_by_plan or 'none'}",
-        f"{start.note} and {steps.num_captured} of this mode",
+        f"{start.note} and {steps.num_captured} of this mode; {steps.num_replayed} of {steps.num_steps} steps replayed",
         f"device {100 * result.step_parts['device_seconds'] / result.seconds:.1f} % busy",
         steps.clocks,
         *start.told,
