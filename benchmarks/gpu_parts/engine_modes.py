@@ -5,10 +5,11 @@ Modes are changed between two steps of the same engine under the same load, so t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gpu_parts.planned_schedules import LeftOut, PlannedSchedule, planned_schedules
+from gpu_parts.planned_schedules import MECHANISM, LeftOut, PlannedSchedule, planned_schedules
 from gpu_pipeline import COMPUTE_SHARE, two_nano_batches
 
 from engine.batch_shape import BatchShape
@@ -79,7 +80,8 @@ def _halves(pipeline: Pipeline, config: EngineConfig, workload: tuple[int, int])
     yield PlannedSchedule(name=f"halves, {COMPUTE_SHARE} tenths", schedule=shared)
     for mechanism in _other_mechanisms(plain):
         for name, halves in ((f"halves, {COMPUTE_SHARE} tenths", shared), ("halves", plain)):
-            schedule = replace(halves, mechanism=mechanism)  # type: ignore[call-arg]
+            changes: dict[str, Any] = {MECHANISM: mechanism}
+            schedule = replace(halves, **changes)
             try:
                 pipeline.check(schedule)
             except ConfigError as error:
@@ -91,9 +93,7 @@ def _halves(pipeline: Pipeline, config: EngineConfig, workload: tuple[int, int])
             yield LeftOut(name=f"halves ({mechanism})", reason=reason)
 
 
-def _other_mechanisms(schedule: Schedule) -> list[object]:
+def _other_mechanisms(schedule: Schedule) -> list[Any]:
     """What else lanes could overlap by, where schedules say that."""
-    if "mechanism" not in {field.name for field in fields(schedule)}:
-        return []
-    usual = schedule.mechanism  # type: ignore[attr-defined]
-    return [mechanism for mechanism in type(usual) if mechanism is not usual]
+    usual = getattr(schedule, MECHANISM, None)
+    return [] if usual is None else [mechanism for mechanism in type(usual) if mechanism is not usual]

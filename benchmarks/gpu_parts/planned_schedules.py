@@ -11,6 +11,7 @@ from engine.pipeline.bucket import buckets
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.schedule import Schedule
 
+MECHANISM = "mechanism"  # the attribute of a schedule, if it has one
 _TEXTS = (".schedule", ".txt")
 
 
@@ -24,7 +25,7 @@ class PlannedSchedule:
     @property
     def mechanism(self) -> str:
         """By the schedule."""
-        return str(getattr(self.schedule, "mechanism", ""))
+        return str(getattr(self.schedule, MECHANISM, ""))
 
     @property
     def title(self) -> str:
