@@ -32,7 +32,7 @@ SMALL_CROWD = Crowd(
     lengths=(1, 60, 125), num_shared=50, num_outputs=4, num_short=33, num_long=4, num_blocks=7, max_model_len=192
 )
 SMALL_GRAPHS = GraphSizes(
-    num_layers=1, head_dim=16, num_rows=3, num_blocks=40, block_size=16, max_batch_tokens=16, num_steps=5,
+    num_layers=1, head_dim=16, num_rows=3, num_blocks=40, block_size=16, max_batch_tokens=16, num_steps=3,
     formats=(NumberFormat.FLOAT32,), architectures=LLAMA,
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_padded_steps_are_compared_and_a_wrong_one_is_found(tmp_path: Path, monk
     check_graphs(ledger, Budget(100.0), tmp_path, CPU, 2, SMALL_GRAPHS)
     (row,) = ledger.rows
     assert row.is_right and row.value is not None and row.value < 1e-4, row.note
-    assert "5 steps" in row.note and "100.0 % of tokens equal" in row.note
+    assert "3 steps" in row.note and "100.0 % of tokens equal" in row.note
     launch = ModelRunner.launch
 
     def spoiling(runner: ModelRunner, batch: Batch) -> PendingStep:
@@ -111,7 +111,7 @@ def test_padded_steps_are_compared_and_a_wrong_one_is_found(tmp_path: Path, monk
         return pending
 
     monkeypatch.setattr(ModelRunner, "launch", spoiling)
-    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 2, replace(SMALL_GRAPHS, num_steps=2))
+    check_graphs(ledger, Budget(100.0), tmp_path, CPU, 2, replace(SMALL_GRAPHS, num_steps=1))
     assert ledger.rows[-1].is_right is False, "other values in the cache are seen"
     check_graphs(ledger, Budget(0.0), tmp_path, CPU, 2, SMALL_GRAPHS)
     assert ledger.rows[-1].note == NO_TIME
