@@ -41,6 +41,9 @@ def run_part(
 ) -> bool:
     """Write the part's file, and say whether nothing in it was wrong. `scratch` is shared by the parts of a run."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    if torch.cuda.is_available():  # as an engine's rank does
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     budget = Budget(seconds)
     ledger = Ledger(part.value, folder, heading())
     try:

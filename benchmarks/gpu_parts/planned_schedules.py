@@ -33,8 +33,10 @@ class PlannedSchedule:
         return f"{self.name} ({self.mechanism})" if self.mechanism else self.name
 
     def plans(self, max_batch_tokens: int, max_sequences: int) -> PlanSet:
-        """The schedule for every bucket that it fits, however it was planned."""
-        batches = (bucket.batch(max_sequences) for bucket in buckets(max_batch_tokens, max_sequences))
+        """The schedule for every bucket that it fits, of those that a loaded engine's batches are in: the largest."""
+        every = buckets(max_batch_tokens, max_sequences)
+        large = (bucket for bucket in every if 2 * bucket.num_tokens > max_batch_tokens)
+        batches = (bucket.batch(max_sequences) for bucket in large)
         plans = tuple(
             SelectedPlan(
                 num_decodes=batch[0],

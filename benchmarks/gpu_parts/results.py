@@ -27,7 +27,8 @@ class Results:
         inside.mkdir(parents=True)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / MEASURED, folder / TABLE, *folder.glob(PROFILES)):
+            profiles = folder.glob(PROFILES) if Part.PROFILE in parts else ()
+            for path in (folder / MEASURED, folder / TABLE, *profiles):
                 path.unlink(missing_ok=True)
 
     def gather(self, seconds: float | None = None) -> str:

@@ -179,6 +179,7 @@ class _EngineRun:
         if not budget.has(sizes.least_seconds / 2):
             self._ledger.skip("throughput", name, NO_TIME)
             return
+        executor.ask(lambda worker: SEQUENTIAL.use(worker, config))
         load = SteadyLoad(engine, config, *workload, sizes.max_sequences)
         try:
             fill_seconds = min(sizes.fill_seconds, budget.left - sizes.window_seconds)
@@ -200,7 +201,6 @@ class _EngineRun:
                 else:
                     await self._measured(named, load, engine, executor, config, mode, start, peak)
         finally:
-            executor.ask(lambda worker: SEQUENTIAL.use(worker, config))
             await load.end()
 
     async def _measured(

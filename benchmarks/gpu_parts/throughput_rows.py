@@ -107,7 +107,7 @@ def throughput_rows(
         f"{result.mean_running:.0f} running, {result.num_steps} steps of {step:.1f} ms",
         f"filled in {result.fill_seconds:.0f} s; plans {result.num_steps_by_plan or 'none'}",
         f"{start.note} and {steps.num_captured} of this mode; {steps.num_replayed} of {steps.num_steps} steps replayed",
-        f"device {100 * result.step_parts['device_seconds'] / result.seconds:.1f} % busy",
+        _device_time(result),
         steps.clocks,
         *start.told,
     ]
@@ -136,3 +136,13 @@ def throughput_rows(
             yield Row(
                 group="waterfall", name=f"{name}: {title}", value=waterfall.percent(seconds), unit="%", note=note
             )  # fmt: skip
+
+
+def _device_time(result: SteadyResult) -> str:
+    """How busy the device was, and with what as far as the engine knows."""
+    parts = result.step_parts
+    named = {"busy": "device_seconds"}
+    if parts.get("num_timed_steps"):
+        named |= {"products": "gemm_seconds", "attention": "attention_seconds"}
+    shares = (f"{100 * parts[key] / result.seconds:.1f} % {name}" for name, key in named.items())
+    return f"device {', '.join(shares)}"

@@ -60,7 +60,7 @@ def test_parts_run_in_order_each_within_its_seconds(
     out = tmp_path / "out"
     out.mkdir()
     (out / "measured.json").write_text("old")
-    (out / "profile-old.json").write_text("old")
+    (out / "profile-old.json").write_text("of a run of another part, to plan from")
     arguments = ["--part", "ceilings", "--part", "co-run", "--part", "kernels-correct"]
     code = gpu.main([*arguments, "--out", str(out), "--seconds", "9", "--seed", "7"])
     printed = capfd.readouterr().out
@@ -72,7 +72,7 @@ def test_parts_run_in_order_each_within_its_seconds(
     assert "stopped" in table and "out of time" in table, "a part that ran out of time says so"
     assert table.strip().splitlines()[-1].startswith("1 WRONG, 1 parts NOT COMPLETE")
     assert printed.rstrip().endswith(table.rstrip())
-    assert sorted(path.name for path in out.iterdir()) == ["measured.json", "table.txt"]
+    assert sorted(path.name for path in out.iterdir()) == ["measured.json", "profile-old.json", "table.txt"]
     parts = json.loads((out / "measured.json").read_text())["parts"]
     assert list(parts) == ["kernels-correct", "ceilings", "co-run"]
     assert parts["co-run"]["rows"][0]["name"] == "co-run seed 7", "what it had measured is kept"
@@ -96,7 +96,10 @@ def test_a_part_that_leaves_no_file_shows_no_figures_of_earlier_runs(
 
 def test_results_are_kept_while_a_part_runs(tmp_path: Path) -> None:
     """Should everything be ended at once, what there was is there."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "profile-old.json").write_text("old")
     results = Results(tmp_path / "inside", tmp_path / "out", [Part.PROFILE])
+    assert not list((tmp_path / "out").iterdir()), "no profile of an earlier run stays"
     assert "profile (NOT COMPLETE)" in results.gather()
     ledger = quiet_ledger(results.inside, "profile")
     ledger.skip("profile", "half", "way")

@@ -199,13 +199,15 @@ def test_an_engine_that_is_not_what_it_was_meant_to_be_is_wrong(
     )  # fmt: skip
     result = SteadyResult(
         seconds=8.0, num_tokens=200_000, num_output_tokens=60_000, num_steps=100, mean_running=677.0, fill_seconds=30.0,
-        num_steps_by_plan={"sequential": 100}, step_parts={"device_seconds": 7.9}, waterfall=None,
+        num_steps_by_plan={"sequential": 100}, waterfall=None,
+        step_parts={"num_timed_steps": 100, "device_seconds": 7.9, "gemm_seconds": 4.0, "attention_seconds": 3.0},
     )  # fmt: skip
     steps = ModeSteps(num_captured=0, num_replayed=num_replayed, num_steps=100, clocks="650 W, 1755 MHz")
     start = start_of(**changed)
     peak = GemmPeak(flops_per_second=7e14, dense_flops_per_second=7e14, shape=(1, 1, 1), by_shape={}, num_threads=1)
     (row,) = throughput_rows("name", result, peak, config, start, steps)
     assert row.is_right is (not wanted) and wanted in row.note and "650 W" in row.note
+    assert "device 98.8 % busy, 50.0 % products, 37.5 % attention" in row.note
     assert all(text in row.note for text in start.told), "what the engine said is in the row"
     assert start.row("bfloat16", 12.0).is_right is not ("num_" in "".join(changed))
 
