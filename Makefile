@@ -23,9 +23,12 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 TORCH ?=
 TORCH_PINNED = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
-# The part of `make gpu` to run (default: all), and further arguments, such as ARGS="--out DIR --seconds 570".
+# The part of `make gpu` to run (default: all), a folder of planned schedules for it to run, and further arguments,
+# such as ARGS="--out DIR --seconds 570".
 PART ?=
+SCHEDULES ?=
 ARGS ?=
+GPU_ARGS = $(addprefix --part ,$(PART)) $(if $(SCHEDULES),--schedules "$(SCHEDULES)") $(ARGS)
 
 .PHONY: help install serve test test-slow test-all test-gpu gpu lint format types imports check constraints clean
 
@@ -76,10 +79,10 @@ test-all: install  ## run every test that needs no GPU
 
 gpu:  ## measure on one CUDA device; PART=ceilings runs a part of it; PYTHON=python3 uses that Python, installs nothing
 ifeq ($(origin PYTHON),command line)
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(addprefix --part ,$(PART)) $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 else
 	$(MAKE) install
-	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(addprefix --part ,$(PART)) $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 endif
 
 test-gpu: install  ## run the tests that need a GPU

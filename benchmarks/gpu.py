@@ -4,8 +4,9 @@
 
 Needs PyTorch and Triton and nothing else: no network, no Ray, no solver. Every part is a process of its own within its
 share of the seconds, so that a kernel that hangs or breaks the device's context costs its part and no other. What is
-measured goes to DIR/PART.json, whole after every row and begun anew by every run; a table comes last. Exits with 1
-where something computed is wrong or a part did not end, with 2 where nothing can be measured. See docs/GPU.md.
+measured goes to DIR/measured.json, whole every other second and begun anew by every run; a table comes last, also in
+DIR/table.txt; the part `profile` adds DIR/profile-*.json to plan with. Exits with 1 where something computed is wrong
+or a part did not end, with 2 where nothing can be measured. See docs/GPU.md.
 """
 
 import argparse
@@ -20,11 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "benchmarks")) if path not in sys.path]
 
-from gpu_parts.ledger import rows_of  # noqa: E402
 from gpu_parts.part import SECONDS_TO_BEGIN, Part, shares  # noqa: E402
+from gpu_parts.results import Results  # noqa: E402
 
 SECONDS = 570.0
+OUT_OF_TIME = -1000  # no exit status: those of signals end at -64
 _GRACE_SECONDS = 15.0  # beyond its share, for what a part had begun
+_GATHER_SECONDS = 2.0
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -42,21 +45,21 @@ def main(given: Sequence[str] | None = None) -> int:
         (part,) = arguments.part
         given_to_it = arguments.out, arguments.seconds, arguments.schedules, arguments.seed, arguments.scratch
         return 0 if run_part(part, *given_to_it) else 1
+    if arguments.schedules is not None and not arguments.schedules.is_dir():
+        print(f"--schedules {arguments.schedules} is not a folder of planned schedules.", file=sys.stderr)
+        return 2
     parts = [part for part in Part if arguments.part is None or part in arguments.part]
     with tempfile.TemporaryDirectory(prefix="nanoserve-gpu-") as scratch:
-        folder = arguments.out or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in parts:  # a figure of an earlier run must not pass for one of this
-            (folder / f"{part.value}.json").unlink(missing_ok=True)
-        return run_parts(parts, folder.resolve(), arguments.seconds, _passed_on(arguments), Path(scratch))
+        results = Results(Path(scratch) / "parts", None if arguments.out is None else arguments.out.resolve(), parts)
+        return run_parts(results, arguments.seconds, _passed_on(arguments), Path(scratch))
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=Part, choices=list(Part), action="append", help="may be repeated; default: all")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
-    parser.add_argument("--out", type=Path, help="a folder for everything measured; default: only the table is kept")
-    parser.add_argument("--schedules", type=Path, help="a folder of planned schedules for the pipeline part")
+    parser.add_argument("--out", type=Path, help="a folder for everything measured; default: only the table is printed")
+    parser.add_argument("--schedules", type=Path, help="a folder of planned schedules, to be run")
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 2**31, help="of random inputs; default: another one"
     )
@@ -83,55 +86,40 @@ def what_is_missing() -> str | None:
     return None
 
 
-def run_parts(parts: Sequence[Part], folder: Path, seconds: float, passed_on: Sequence[str], scratch: Path) -> int:
+def run_parts(results: Results, seconds: float, passed_on: Sequence[str], scratch: Path) -> int:
     """One after the other; time that a part did not need goes to those that follow."""
     begun = time.monotonic()
     is_right = True
     environment = {"NANOSERVE_CACHE_DIR": str(scratch / "cache"), **os.environ, "PYTHONUNBUFFERED": "1"}
-    for index, part in enumerate(parts):
+    for index, part in enumerate(results.parts):
         left = seconds - (time.monotonic() - begun)
-        share = shares(parts[index:], left)[part]
+        share = shares(results.parts[index:], left)[part]
         print(f"\n{part.value}: up to {share:.0f} s", flush=True)
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--inside",
-            "--part",
-            part.value,
-            "--out",
-            str(folder),
-        ]
-        process = subprocess.Popen(
-            [*command, "--seconds", f"{share:.1f}", "--scratch", str(scratch), *passed_on], env=environment
-        )
-        try:
-            code = process.wait(timeout=share + SECONDS_TO_BEGIN + _GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            code = -9
+        command = [sys.executable, str(Path(__file__).resolve()), "--inside", "--part", part.value]
+        command += ["--out", str(results.inside), "--seconds", f"{share:.1f}", "--scratch", str(scratch), *passed_on]
+        code = _code_of(subprocess.Popen(command, env=environment), share, results)
         if code not in (0, 1):
-            print(
-                f"{part.value} did not come to its end (exit status {code}); what it had measured is kept", flush=True
-            )
+            reason = f"was stopped {_GRACE_SECONDS:.0f} s after its {share:.0f} s: out of time"
+            results.note_end(part, reason if code == OUT_OF_TIME else f"its process ended with {code}")
+            print(f"{part.value} did not come to its end; what it had measured is kept", flush=True)
         is_right &= code == 0
-    lines = table(parts, folder, time.monotonic() - begun)
-    (folder / "table.txt").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
+        results.gather(time.monotonic() - begun)
+    print("\n" + results.gather(time.monotonic() - begun))
     return 0 if is_right else 1
 
 
-def table(parts: Sequence[Part], folder: Path, seconds: float) -> list[str]:
-    """Every row that is shown, part by part, and a verdict."""
-    lines: list[str] = []
-    num_wrong = 0
-    for part in parts:
-        rows, is_complete = rows_of(folder / f"{part.value}.json")
-        lines += ["", f"{part.value}{'' if is_complete else ' (NOT COMPLETE)'}"]
-        lines += [row.line() for row in rows if row.is_shown]
-        num_wrong += sum(row.is_right is False for row in rows) + (not is_complete)
-    lines += ["", f"{'everything checked is right' if not num_wrong else f'{num_wrong} WRONG'}; {seconds:.0f} s"]
-    return lines
+def _code_of(process: "subprocess.Popen[bytes]", share: float, results: Results) -> int:
+    """The exit status of a part; meanwhile what it has measured is kept, should all of this be ended."""
+    deadline = time.monotonic() + share + SECONDS_TO_BEGIN + _GRACE_SECONDS
+    while True:
+        try:
+            return process.wait(timeout=max(0.0, min(_GATHER_SECONDS, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                process.kill()
+                process.wait()
+                return OUT_OF_TIME
+            results.gather()
 
 
 def _passed_on(arguments: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_parts.planned_schedules import LeftOut, planned_schedules
 from torch import Tensor
 
 from engine import DeviceKind, DType, EngineConfig
@@ -34,7 +35,6 @@ from engine.pipeline.lanes import lanes_for
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.placement import GPU_LANES, lane_of
-from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism, Schedule, Step
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
@@ -330,23 +330,14 @@ def _launched_seconds(bench: Bench, batch: BatchShape, contestants: list[Contest
 
 
 def _planned(pipeline: Pipeline, folder: Path | None) -> Iterator[tuple[str, Schedule]]:
-    """The schedules of a folder that this model can be run by: texts (*.txt) and files of plans (*.json)."""
-    for path in sorted(folder.iterdir()) if folder is not None else ():
+    """The schedules of a folder that this model can be run by."""
+    for planned in planned_schedules(folder):
+        if isinstance(planned, LeftOut):
+            print(f"  {planned.name} is left out: {planned.reason}")
+            continue
         try:
-            if path.suffix == ".txt":
-                found = [(path.stem, Schedule.parse(path.read_text()))]
-            elif path.suffix == ".json":
-                plans = PlanSet.parse(path.read_text(), path.name).plans
-                found = [
-                    (f"{path.stem[:8]} {plan.num_decodes}+{plan.num_prefills}", plan.schedule)
-                    for plan in plans
-                    if plan.schedule is not None
-                ]
-            else:
-                continue
-            for _, schedule in found:
-                pipeline.check(schedule)
+            pipeline.check(planned.schedule)
         except ConfigError as error:
-            print(f"  {path.name} is left out: {error}")
+            print(f"  {planned.name} is left out: {error}")
         else:
-            yield from found
+            yield planned.title, planned.schedule

@@ -25,15 +25,26 @@ Measured = TypeVar("Measured")
 
 
 class InlineExecutor:
-    """Runs a group of one. `progress(bytes_done, bytes_total)` is told about the loading of the weights."""
+    """Runs a group of one. `progress(bytes_done, bytes_total)` is told about the loading of the weights, `tell` what
+    else takes long, or does not work as it was meant to. `emulates_fp8`: see `Worker`.
+    """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+        *,
+        emulates_fp8: bool = False,
+    ) -> None:
         if config.tensor_parallel != 1:
             raise ConfigError(
                 f"An InlineExecutor has one rank, but tensor_parallel is {config.tensor_parallel}: use a worker group."
             )
         self._config = config
         self._progress = progress
+        self._tell = tell
+        self._emulates_fp8 = emulates_fp8
         self._worker: Worker | None = None
         self._failure: EngineDeadError | None = None
         self._close_lock = threading.Lock()
@@ -63,6 +74,18 @@ class InlineExecutor:
         """
         return self._launches.call(lambda: function(self._config if self._worker is None else self._worker.config))
 
+    def ask(self, function: "Callable[[Worker], Measured]") -> Measured:
+        """The function of the rank itself, called on its thread between steps. Raises `EngineDeadError` before `start`
+        and after `close`.
+        """
+
+        def asked() -> Measured:
+            if self._worker is None:
+                raise EngineDeadError("The executor was not started, or it was closed.")
+            return function(self._worker)
+
+        return self._launches.call(asked)
+
     def close(self) -> None:
         """Stop the rank after the step already begun; those still queued fail. Idempotent."""
         with self._close_lock:
@@ -80,8 +103,8 @@ class InlineExecutor:
     def _start(self) -> CacheCapacity:
         from engine.worker import Worker
 
-        self._worker = Worker(self._config)
-        return self._worker.start(self._progress)
+        self._worker = Worker(self._config, emulates_fp8=self._emulates_fp8)
+        return self._worker.start(self._progress, self._tell)
 
     def _launch(self, batch: Batch, answer: "_Answer") -> None:
         try:

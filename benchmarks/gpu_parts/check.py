@@ -50,13 +50,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """`problem` is empty where everything is right."""
+    """`problem` is empty where everything is right. Kernels were compiled in `compile_seconds` of the `seconds`."""
 
     name: str
     error: float
     worst: float
     seconds: float
     problem: str = ""
+    num_compiled: int = 0
+    compile_seconds: float = 0.0
 
 
 def evaluate(check: Check, device: torch.device, seed: int) -> CheckResult:

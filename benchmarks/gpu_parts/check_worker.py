@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from gpu_parts.budget import NO_TIME, Budget
 from gpu_parts.check import Check, CheckResult, evaluate
+from gpu_parts.compile_log import CompileLog
 
 ENTRANCE = Path(__file__).resolve().parents[1] / "gpu.py"
 SECONDS_PER_CHECK = 60.0
@@ -33,7 +34,10 @@ def serve(checks: Sequence[Check], device: torch.device, seed: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        result = evaluate(checks[int(line)], device, seed)
+        log = CompileLog()
+        with log.listening():
+            result = evaluate(checks[int(line)], device, seed)
+        result = replace(result, num_compiled=log.num_compiled, compile_seconds=log.seconds)
         answers.write(json.dumps(asdict(result)) + "\n")
         answers.flush()
 

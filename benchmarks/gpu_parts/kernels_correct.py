@@ -42,6 +42,10 @@ def check_kernels(ledger: Ledger, budget: Budget, checks: Sequence[Check], pool:
             ledger.add(row)
     for row in _summary(results):
         ledger.add(row)
+    everything = [result for found in results.values() for result in found]
+    seconds = sum(result.compile_seconds for result in everything)
+    note = f"{sum(result.num_compiled for result in everything)} specialisations in the processes of the checks"
+    ledger.add(Row(group="compiled", name="checks", value=seconds, unit="s", note=note))
 
 
 def _summary(results: dict[str, list[CheckResult]]) -> Iterator[Row]:

@@ -61,6 +61,7 @@ class Ledger:
         self.part = part
         self.rows: list[Row] = []
         self.heading = heading
+        self.logs: dict[str, list[dict[str, float]]] = {}  # what is recorded all the time, by name
         self._path = folder / f"{part}.json"
         self._is_quiet = quiet
         self._saved_at = 0.0
@@ -86,6 +87,7 @@ class Ledger:
     def save(self, *, is_complete: bool = False) -> None:
         """Replace the file as a whole."""
         content = {"part": self.part, **self.heading, "is_complete": is_complete}
+        content |= self.logs
         content["rows"] = [asdict(row) | {"percent": row.percent} for row in self.rows]
         beside = self._path.with_suffix(".tmp")
         beside.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,8 @@
-"""`Part`: a share of `make gpu` that runs in a process of its own, and how the seconds are dealt out."""
+"""`Part`: a share of `make gpu` that runs in a process of its own, how the seconds are dealt out, and what its rows
+are called.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 
@@ -9,9 +11,11 @@ class Part(StrEnum):
 
     KERNELS_CORRECT = "kernels-correct"
     CORRECTNESS = "correctness"
+    ACCURACY = "accuracy"
     CEILINGS = "ceilings"
     KERNELS_FAST = "kernels-fast"
     CO_RUN = "co-run"
+    PROFILE = "profile"
     PIPELINE = "pipeline"
     THROUGHPUT = "throughput"
     PEERS = "peers"
@@ -19,16 +23,37 @@ class Part(StrEnum):
 
 # Of 570 seconds, when all run; a part alone gets all of them. What each leaves out first: see docs/GPU.md.
 WEIGHTS = {
-    Part.KERNELS_CORRECT: 95,
-    Part.CORRECTNESS: 30,
-    Part.CEILINGS: 55,
-    Part.KERNELS_FAST: 60,
-    Part.CO_RUN: 40,
+    Part.KERNELS_CORRECT: 85,
+    Part.CORRECTNESS: 60,
+    Part.ACCURACY: 25,
+    Part.CEILINGS: 45,
+    Part.KERNELS_FAST: 50,
+    Part.CO_RUN: 35,
+    Part.PROFILE: 20,
     Part.PIPELINE: 30,
-    Part.THROUGHPUT: 220,
-    Part.PEERS: 40,
+    Part.THROUGHPUT: 190,
+    Part.PEERS: 30,
 }
 SECONDS_TO_BEGIN = 8.0  # a process, torch, a context of CUDA: not counted as the part's own
+
+# Groups of rows that any part may have: what was compiled, clocks and power, and why it ended early.
+COMMON_GROUPS = ("compiled", "power", "ended")
+# Every other group of a part's rows. The ledger (docs/GPU.md) names each, which a test checks.
+GROUPS: Mapping[Part, tuple[str, ...]] = {
+    Part.KERNELS_CORRECT: ("correct",),
+    Part.CORRECTNESS: ("engine", "graphs"),
+    Part.ACCURACY: ("perplexity", "logits"),
+    Part.CEILINGS: ("read", "product"),
+    Part.KERNELS_FAST: (
+        "ceiling", "decode attention", "decode choices", "prefill", "prefill attention", "memory", "sampling",
+        "experts",
+    ),
+    Part.CO_RUN: ("co-run", "green"),
+    Part.PROFILE: ("profile",),
+    Part.PIPELINE: ("pipeline",),
+    Part.THROUGHPUT: ("checkpoint", "start", "throughput", "CPU gap", "waterfall"),
+    Part.PEERS: ("checkpoint", "peers"),
+}  # fmt: skip
 
 
 def shares(parts: Sequence[Part], seconds: float) -> dict[Part, float]:

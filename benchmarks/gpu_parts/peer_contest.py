@@ -1,7 +1,8 @@
 """The part `peers`: the same requests, all at once, through this engine and through others that this Python has.
 
-Nothing is installed: an engine that is not importable is a row that says so. Each runs in a process of its own, behind
-the interface of `peer_engines`, within the time of the part.
+Nothing is installed: an engine that is not importable is a row that says so. Each runs in a process of its own, one
+after the other, so that none has another's memory or state of the device, behind the interface of `peer_engines` and
+within the time of the part. Its row has the clocks that it ran at.
 """
 
 import importlib.util
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 from gpu_parts.budget import NO_TIME, Budget
 from gpu_parts.ledger import Ledger, Row
+from gpu_parts.power_log import PowerLog, described
 from peer_engines.peer_engine import EngineSetup
 from peer_engines.peer_process import PeerFailureError, PeerProcess
 
 _BENCHMARKS = Path(__file__).resolve().parents[1]
 _SECONDS_TO_BEGIN = 20.0
+_MOST_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,7 @@ RIVALS = (
         name="transformers continuous batching", module="peer_engines.transformers_engine", package="transformers",
         options=(("continuous", True),),
     ),
+    Rival(name="nano-vllm", module="peer_engines.nano_vllm_engine", package="nanovllm"),
     Rival(name="vllm", module="peer_engines.vllm_engine", package="vllm", options=(("eager", False),)),
 )  # fmt: skip
 
@@ -63,6 +67,7 @@ def run_contest(
 ) -> None:
     """One row each: tokens in and out per second of the second of two runs, or of the first if time is short."""
     sizes = sizes or ContestSizes()
+    power = PowerLog()
     generator = np.random.default_rng(0)
     requests = [
         (generator.integers(1, sizes.vocabulary, sizes.num_input).tolist(), sizes.num_output)
@@ -75,7 +80,7 @@ def run_contest(
             ledger.skip("peers", rival.name, NO_TIME)
         else:
             try:
-                _run(ledger, budget, checkpoint, sizes, rival, requests)
+                _run(ledger, budget, checkpoint, sizes, power, rival, requests)
             except (PeerFailureError, OSError) as error:
                 ledger.skip("peers", rival.name, str(error)[:300])
 
@@ -85,6 +90,7 @@ def _run(
     budget: Budget,
     checkpoint: Path,
     sizes: ContestSizes,
+    power: PowerLog,
     rival: Rival,
     requests: list[tuple[list[int], int]],
 ) -> None:
@@ -111,13 +117,21 @@ def _run(
             },
             log=Path(name) / "log",
         )
+        seconds: list[float] = []
+        readings: dict[str, float] = {}
         try:
             version = process.ask("load", values, max(1.0, budget.left))["version"]
-            seconds = [float(process.ask("run", requests, max(1.0, budget.left))["seconds"])]
-            if budget.has(1.5 * seconds[0]):
-                seconds.append(float(process.ask("run", requests, max(1.0, budget.left))["seconds"]))
+            while not seconds or (len(seconds) < _MOST_RUNS and budget.has(1.5 * seconds[0])):
+                with power.sampled() as readings:  # of the run that counts
+                    seconds.append(float(process.ask("run", requests, max(1.0, budget.left))["seconds"]))
         finally:
             process.close()
     num_tokens = sizes.num_requests * length
     note = f"{version}; {sizes.num_requests} requests of {sizes.num_input}/{sizes.num_output}, run {len(seconds)}"
-    ledger.add(Row(group="peers", name=rival.name, value=num_tokens / seconds[-1], unit="tokens/s", note=note))
+    note = "; ".join(part for part in (note, described(readings)) if part)
+    ledger.add(
+        Row(
+            group="peers", name=rival.name, value=num_tokens / seconds[-1], unit="tokens/s", note=note,
+            details={"seconds": seconds, **readings},
+        )
+    )  # fmt: skip

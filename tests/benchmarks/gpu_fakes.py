@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from gpu_parts.bench_device import BenchDevice
-from gpu_parts.ledger import Ledger
+from gpu_parts.ledger import Ledger, Row
 from gpu_parts.model_sizes import ExpertSizes, ModelSizes
+from gpu_parts.part import COMMON_GROUPS, GROUPS, Part
 from gpu_parts.timing import Timing
 
 HEADING = {"device": "a fake", "date": "today"}
@@ -41,5 +42,14 @@ def fake_device(num_sms: int = 6) -> BenchDevice:
     return BenchDevice(device=torch.device("cpu"), num_sms=num_sms, cache_bytes=1000, timer=CallingTimer())
 
 
+class KnownLedger(Ledger):
+    """Refuses rows of groups that the part has not, as the ledger of figures would not show them."""
+
+    def add(self, row: Row) -> None:
+        if self.part in set(Part):
+            assert row.group in (*GROUPS[Part(self.part)], *COMMON_GROUPS), f"{self.part} has no group {row.group}"
+        super().add(row)
+
+
 def quiet_ledger(folder: Path, part: str = "part") -> Ledger:
-    return Ledger(part, folder, dict(HEADING), quiet=True)
+    return KnownLedger(part, folder, dict(HEADING), quiet=True)

@@ -139,7 +139,7 @@ for line in sys.stdin:
         time.sleep(60)
     problem = "CUDA error: an illegal memory access" if number == 3 else ""
     print(json.dumps({"name": f"kernel fp32 {number}", "error": 1e-7, "worst": 1e-6, "seconds": 0.1,
-                      "problem": problem}), flush=True)
+                      "problem": problem, "num_compiled": 2, "compile_seconds": 0.5}), flush=True)
 """
 
 
@@ -157,7 +157,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_dead_and_a_hanging_process_cost_one_check_each(tmp_path: Path) -> None:
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-correct")
     check_kernels(ledger, Budget(60.0), numbered_checks(6), CheckPool(2, [], seconds_per_check=1.5))
     wrong = {row.name: row.note for row in ledger.rows if row.is_right is False and row.is_shown}
     assert "its process ended with 3" in wrong["kernel fp32 1"]
@@ -165,15 +165,18 @@ def test_a_dead_and_a_hanging_process_cost_one_check_each(tmp_path: Path) -> Non
     assert "illegal memory access" in wrong["kernel fp32 3"]
     assert wrong["kernel fp32"].startswith("3 of 6 right")
     assert sum(row.is_right is True for row in ledger.rows) == 3
+    assert ledger.rows[-1].group == "compiled" and ledger.rows[-1].value == pytest.approx(0.5 * 4)
+    assert ledger.rows[-1].note.startswith("8 specialisations")
     assert not ledger.is_right
 
 
 @pytest.mark.usefixtures("worker")
 def test_what_there_is_no_time_for_is_left_out_and_not_wrong(tmp_path: Path) -> None:
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-correct")
     check_kernels(ledger, Budget(0.5), numbered_checks(3), CheckPool(1, []))
-    (row,) = ledger.rows
+    row, compiled = ledger.rows
     assert row.is_right is None and NO_TIME in row.note and ledger.is_right
+    assert compiled.group == "compiled" and compiled.note.startswith("0 specialisations")
 
 
 @pytest.mark.slow

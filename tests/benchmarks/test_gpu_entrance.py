@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from gpu_parts.part import Part
+from gpu_parts.part import COMMON_GROUPS, GROUPS, Part, shares
+from gpu_parts.results import Results
+
+from tests.benchmarks.gpu_fakes import quiet_ledger
 
 ROOT = Path(__file__).parents[2]
 STUB = """
@@ -55,7 +59,8 @@ def test_parts_run_in_order_each_within_its_seconds(
     monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "ceilings.json").write_text(json.dumps({"rows": [{"group": "old", "name": "old"}], "is_complete": True}))
+    (out / "measured.json").write_text("old")
+    (out / "profile-old.json").write_text("of a run of another part, to plan from")
     arguments = ["--part", "ceilings", "--part", "co-run", "--part", "kernels-correct"]
     code = gpu.main([*arguments, "--out", str(out), "--seconds", "9", "--seed", "7"])
     printed = capfd.readouterr().out
@@ -64,11 +69,14 @@ def test_parts_run_in_order_each_within_its_seconds(
     assert "co-run did not come to its end" in printed
     table = (out / "table.txt").read_text()
     assert "kernels-correct seed 7" in table and "co-run (NOT COMPLETE)" in table and "old" not in table
-    assert table.strip().splitlines()[-1].startswith("2 WRONG")
+    assert "stopped" in table and "out of time" in table, "a part that ran out of time says so"
+    assert table.strip().splitlines()[-1].startswith("1 WRONG, 1 parts NOT COMPLETE")
     assert printed.rstrip().endswith(table.rstrip())
-    assert sorted(path.name for path in out.iterdir()) == [
-        "ceilings.json", "co-run.json", "kernels-correct.json", "table.txt",
-    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["measured.json", "profile-old.json", "table.txt"]
+    parts = json.loads((out / "measured.json").read_text())["parts"]
+    assert list(parts) == ["kernels-correct", "ceilings", "co-run"]
+    assert parts["co-run"]["rows"][0]["name"] == "co-run seed 7", "what it had measured is kept"
+    assert parts["co-run"]["rows"][1]["group"] == "ended"
 
 
 def test_a_part_that_leaves_no_file_shows_no_figures_of_earlier_runs(
@@ -78,16 +86,94 @@ def test_a_part_that_leaves_no_file_shows_no_figures_of_earlier_runs(
     stub.write_text("raise SystemExit(5)")
     monkeypatch.setattr(gpu, "__file__", str(stub))
     monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
-    (tmp_path / "peers.json").write_text(json.dumps({"rows": [{"group": "old", "name": "old"}], "is_complete": True}))
+    (tmp_path / "measured.json").write_text(json.dumps({"parts": {"peers": {"rows": [], "is_complete": True}}}))
     assert gpu.main(["--part", "peers", "--out", str(tmp_path)]) == 1
     printed = capfd.readouterr().out
-    assert "exit status 5" in printed and "peers (NOT COMPLETE)" in printed and "old" not in printed
+    assert "ended with 5" in printed and "peers (NOT COMPLETE)" in printed
+    (row,) = json.loads((tmp_path / "measured.json").read_text())["parts"]["peers"]["rows"]
+    assert row["group"] == "ended" and row["is_right"] is False
 
 
-def test_every_part_has_a_line_in_the_ledger() -> None:
-    ledger = (ROOT / "docs" / "GPU.md").read_text()
-    for part in Part:
-        assert f"`{part.value}`" in ledger
+def test_results_are_kept_while_a_part_runs(tmp_path: Path) -> None:
+    """Should everything be ended at once, what there was is there."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "profile-old.json").write_text("old")
+    results = Results(tmp_path / "inside", tmp_path / "out", [Part.PROFILE])
+    assert not list((tmp_path / "out").iterdir()), "no profile of an earlier run stays"
+    assert "profile (NOT COMPLETE)" in results.gather()
+    ledger = quiet_ledger(results.inside, "profile")
+    ledger.skip("profile", "half", "way")
+    ledger.save()
+    (results.inside / "profile-model-fp8.json").write_text("{}")
+    results.gather()
+    (row,) = json.loads((tmp_path / "out" / "measured.json").read_text())["parts"]["profile"]["rows"]
+    assert row["name"] == "half" and (tmp_path / "out" / "profile-model-fp8.json").is_file()
+    assert "half" in (tmp_path / "out" / "table.txt").read_text()
+    assert Results(tmp_path / "other", None, [Part.PEERS]).gather(3.0).endswith("; 3 s"), "without a folder"
+
+
+def test_a_folder_of_schedules_is_passed_on_or_refused(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stub = tmp_path / "stub.py"
+    stub.write_text("import sys; print(*sys.argv[1:])")
+    monkeypatch.setattr(gpu, "__file__", str(stub))
+    monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
+    assert gpu.main(["--part", "pipeline", "--schedules", str(tmp_path / "absent")]) == 2
+    assert "absent is not a folder" in capfd.readouterr().err
+    gpu.main(["--part", "pipeline", "--schedules", str(tmp_path)])
+    assert f"--schedules {tmp_path}" in capfd.readouterr().out
+    shown = ["make", "--no-print-directory", "-n", "gpu", "PYTHON=python3", "PART=pipeline throughput", "SCHEDULES=a b"]
+    done = subprocess.run(shown, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert 'gpu.py --part pipeline --part throughput --schedules "a b"' in done.stdout
+
+
+# | claim | ... | `part` | `rows` | command | last measured |
+CELLS = re.compile(r"(?<!\\)\|")
+
+
+def ledger_rows() -> list[list[str]]:
+    """Cells of the ledger's tables of figures: claim, (target,) part, rows, command, last measured."""
+    tables = (ROOT / "docs" / "GPU.md").read_text().partition("## Kernels and graphs are right")[2]
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in CELLS.split(line)[1:-1]] for line in lines]
+    return [row for row in cells if row[0] != "claim" and not set(row[0]) <= {"-"}]
+
+
+def test_every_row_of_the_ledger_names_a_part_that_has_such_rows() -> None:
+    parts = {part.value for part in Part}
+    for *_, part, groups, command, _ in ledger_rows():
+        named = re.findall(r"`([^`]+)`", part)
+        if part == "every part":
+            assert set(re.findall(r"`([^`]+)`", groups)) <= set(COMMON_GROUPS) and command == "every command"
+        elif part == "none":
+            assert not groups and command in ("`make test-gpu`", "none yet: it needs a machine with two GPUs")
+        else:
+            (name,) = named
+            assert name in parts
+            assert set(re.findall(r"`([^`]+)`", groups)) <= set(GROUPS[Part(name)]), (name, groups)
+            assert f'make gpu PART="{name}"' in command, command
+
+
+def test_every_group_of_a_part_s_rows_is_in_the_ledger() -> None:
+    named = {
+        (part.strip("`"), group)
+        for *_, part, groups, _, _ in ledger_rows()
+        for group in re.findall(r"`([^`]+)`", groups)
+    }
+    assert set(GROUPS) == set(Part)
+    for part, groups in GROUPS.items():
+        for group in groups:
+            assert (part.value, group) in named, f"docs/GPU.md has no row for {group} of {part.value}"
+    assert {group for part, group in named if part == "every part"} == set(COMMON_GROUPS) - {"ended"}
+    text = (ROOT / "docs" / "GPU.md").read_text()
+    assert all(f"| `{part.value}` | {seconds:.0f} |" in text for part, seconds in shares(list(Part), 570.0).items())
+
+
+def test_a_figure_in_the_ledger_has_a_date_and_versions() -> None:
+    """Or there is none yet."""
+    for *_, last in ledger_rows():
+        assert last == "not yet measured" or re.search(r"\d{4}-\d{2}-\d{2}.*torch \d", last), last
 
 
 ABSENT = (
@@ -110,17 +196,17 @@ import gpu, gpu_pipeline
 from gpu_parts.budget import Budget
 from gpu_parts.ledger import Ledger
 from gpu_parts.throughput import Contender, LoadSizes, measure_throughput
-from engine.config import DeviceKind, PipelineMode
+from engine.config import DeviceKind
 from engine.model_config import Architecture
 from engine.random_checkpoint import sized_config, write_random_checkpoint
 folder = pathlib.Path(sys.argv[1])
 write_random_checkpoint(folder / "model", sized_config(Architecture.LLAMA))
 sizes = LoadSizes(device=DeviceKind.CPU, max_batch_tokens=32, max_sequences=4, num_blocks=64, window_seconds=0.3,
-                  warm_seconds=0.0, least_seconds=1.0)
-contenders = [Contender(dtype="float32", mode=mode, workloads=((8, 8),)) for mode in PipelineMode]
+                  warm_seconds=0.0, least_seconds=1.0, num_threads=1)
+contenders = [Contender(dtype="float32", workloads=((8, 8),), has_modes=True)]
 ledger = Ledger("throughput", folder, {{}})
 measure_throughput(ledger, Budget(60.0), folder / "model", sizes, contenders)
-assert sum(row.group == "throughput" and row.value is not None for row in ledger.rows) == 3, ledger.rows
+assert sum(row.group == "throughput" and row.value is not None for row in ledger.rows) >= 4, ledger.rows
 """
 
 
@@ -149,7 +235,7 @@ def test_a_run_of_a_part_leaves_a_whole_file(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(part_runs, "heading", lambda: {"device": "a fake"})
     monkeypatch.setattr(large_checkpoint, "write_large_checkpoint", write)
-    monkeypatch.setattr(throughput, "measure_throughput", lambda ledger, budget, folder: seen.append(folder))
+    monkeypatch.setattr(throughput, "measure_throughput", lambda ledger, budget, folder, schedules: seen.append(folder))
     monkeypatch.setattr(peer_contest, "run_contest", lambda ledger, budget, folder: seen.append(folder))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -158,7 +244,7 @@ def test_a_run_of_a_part_leaves_a_whole_file(tmp_path: Path, monkeypatch: pytest
         assert json.loads((tmp_path / f"{part.value}.json").read_text())["is_complete"]
     assert len(made) == 1 and seen == [scratch / "llama-3-8b"] * 2 and seen[0].is_dir()
 
-    def fail(ledger: object, budget: object, folder: Path) -> None:
+    def fail(ledger: object, budget: object, folder: Path, schedules: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(throughput, "measure_throughput", fail)

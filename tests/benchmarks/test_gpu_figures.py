@@ -43,7 +43,7 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_ceilings_have_a_row_for_every_shape_library_and_number(tmp_path: Path) -> None:
-    ledger, bench = quiet_ledger(tmp_path), fake_device()
+    ledger, bench = quiet_ledger(tmp_path, "ceilings"), fake_device()
     grid = CeilingGrid(model=TINY_MODEL, tokens=(8,), sms=(6, 4, 99), ctas=(2, 6, 12), read_bytes=READ_BYTES)
     measure_ceilings(ledger, Budget(100.0), bench, grid)
     names = {row.name for row in ledger.rows}
@@ -64,12 +64,12 @@ def test_ceilings_have_a_row_for_every_shape_library_and_number(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_without_time_rows_say_so(tmp_path: Path) -> None:
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "ceilings")
     grid = CeilingGrid(model=TINY_MODEL, tokens=(8,), sms=(6,), ctas=(2,), read_bytes=READ_BYTES)
     measure_ceilings(ledger, Budget(0.0), fake_device(), grid)
     left_out = [row.name for row in ledger.rows if row.note == NO_TIME]
     assert len(left_out) == 8
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-fast")
     measure_kernels(ledger, Budget(0.0), fake_device(), SMALL_FAST)
     assert sum(row.note == NO_TIME for row in ledger.rows) == 6
 
@@ -80,7 +80,7 @@ def test_the_share_that_saturates_is_the_smallest_near_the_best() -> None:
 
 @pytest.mark.slow
 def test_kernels_have_rates(tmp_path: Path) -> None:
-    ledger, bench = quiet_ledger(tmp_path), fake_device()
+    ledger, bench = quiet_ledger(tmp_path, "kernels-fast"), fake_device()
     measure_kernels(ledger, Budget(100.0), bench, SMALL_FAST)
     assert [row for row in ledger.rows if row.is_right is False or (row.value is None)] == []
     by_group: dict[str, list[str]] = {}
@@ -104,7 +104,7 @@ def test_a_stage_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(gpu_parts.kernels_fast, "rms_norm", fail)
     monkeypatch.setattr(gpu_parts.kernels_fast, "prefill_flops", fail)
-    ledger = quiet_ledger(tmp_path)
+    ledger = quiet_ledger(tmp_path, "kernels-fast")
     measure_kernels(ledger, Budget(100.0), fake_device(), SMALL_FAST)
     notes = {(row.group, row.name): row.note for row in ledger.rows}
     assert "no such kernel" in notes["prefill attention", "all"]
@@ -125,7 +125,7 @@ def unforked(pair: Pair) -> Callable[[], object]:
 
 
 def test_every_mechanism_is_paired_and_judged(tmp_path: Path) -> None:
-    ledger, bench = quiet_ledger(tmp_path), fake_device()
+    ledger, bench = quiet_ledger(tmp_path, "co-run"), fake_device()
     grid = PairGrid(model=TINY_MODEL, num_tokens=8, decodes=(2, 20), sms=(4, 6), ctas=(2, 6), parts=(2,))
     measure_pairs(ledger, Budget(100.0), bench, grid, unforked)
     names = [row.name for row in ledger.rows]
