@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_parts.budget import NO_TIME, Budget
@@ -81,12 +80,10 @@ def _measured(
     pipeline = Pipeline(_random_model(layer, device, told), layer.model.hidden_size)
     alone = TensorParallel()
     fingerprint = fingerprint_of(config, pipeline.graph.signature, alone)
-    # What the model's kernels ask for how many units they may take, where they do.
-    others: dict[str, Any] = {"units": pipeline.units} if hasattr(pipeline, "units") else {}
     grid = replace(THOROUGH if seconds >= _THOROUGH_SECONDS else QUICK, seconds=seconds)
     started = time.monotonic()
     path = folder / profile_file(sizes.name, number_format)
-    profile = Profiler(pipeline.program, layer, alone, device, fingerprint, grid, **others).profile(path)
+    profile = Profiler(pipeline.program, layer, alone, device, fingerprint, grid, pipeline.units).profile(path)
     note = f"{len(profile.nodes)} operations, {len(profile.interference)} pairs, {grid.name}; {path.name}"
     return Row(
         group="profile", name=name, value=time.monotonic() - started, unit="s", is_right=not told,

@@ -82,7 +82,7 @@ def probe_of(runner: ModelRunner, timer: Any) -> DeviceProbe:
         runner.pipeline,
         runner._kv_cache,
         timer,
-        most_rows=runner.padded.buckets[-1].num_tokens,
+        most_rows=runner.padded.most_rows,
         gather=runner.padded.gather,
     )
 

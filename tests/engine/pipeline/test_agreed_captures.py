@@ -99,14 +99,14 @@ def test_buckets_without_memory_are_none_any_more(caplog: pytest.LogCaptureFixtu
         def capture(self, run: Callable[[], torch.Tensor]) -> Any:
             if len(run()) in lacking:
                 raise CaptureMemoryError("No memory for a CUDA graph.")
-            return run
+            return SimpleNamespace(replay=run)
 
     lacking = {22, 8}
     runner = runner_of(config_of(Architecture.LLAMA, max_batch_tokens=22), kernels=True)
     with caplog.at_level(logging.WARNING):
         runner.pad_steps(Scarce())  # type: ignore[arg-type]
     assert runner.padded is not None
-    assert [bucket.num_tokens for bucket in runner.padded.buckets] == [1, 2, 4, 16]
+    assert runner.padded._sizes == (1, 2, 4, 16)
     assert [record.message for record in caplog.records] == [
         f"Steps of {size} tokens are no CUDA graph: No memory for a CUDA graph." for size in (22, 8)
     ]
