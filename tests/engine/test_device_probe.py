@@ -2,21 +2,26 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.device_probe import DeviceProbe
 from engine.device_times import StepPart
+from engine.kv_cache import KVCache
 from engine.layers.norm import RMSNorm
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
+from engine.models import build_model
 from engine.operation import Operation
+from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.timer import GraphTimer
 from engine.step_work import StepWork
+from engine.tensor_parallel import TensorParallel
 from engine.worker import Worker
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, config_of, runner_of
@@ -128,6 +133,40 @@ def test_other_layers_are_measured_too(architecture: Architecture) -> None:
     assert times.windows == ((9, 9) if architecture is Architecture.MISTRAL else (None, None))
     seen = {sample.context for sample in probe._samples[StepPart.DECODE_ATTENTION]}
     assert max(seen) == (9 if architecture is Architecture.MISTRAL else 64)
+
+
+def test_collectives_are_measured_with_the_other_ranks_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sums a layer and one of the embedding, of zeros that never grow; and the head's parts."""
+    summed: list[float] = []
+    gathered: list[int] = []
+
+    def all_reduce(group: TensorParallel, partial: Tensor) -> Tensor:
+        summed.append(float(partial.abs().sum()))
+        return partial
+
+    def all_gather(group: TensorParallel, shard: Tensor) -> Tensor:
+        gathered.append(len(shard))
+        return torch.cat((shard, shard), dim=-1)
+
+    monkeypatch.setattr(TensorParallel, "all_reduce", all_reduce)
+    monkeypatch.setattr(TensorParallel, "all_gather", all_gather)
+    config = replace(config_of(Architecture.LLAMA, max_batch_tokens=8), tensor_parallel=2)
+    model = build_model(config.model, TensorParallel(rank=1, size=2), torch.float32, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.normal_()
+    pipeline = Pipeline(model, config.model.hidden_size)
+    cache = KVCache.allocate(config, NUM_BLOCKS, torch.device("cpu"))
+    model.lm_head.draw = lambda logits_KV, plan, sections: logits_KV
+    probe = DeviceProbe(
+        config, model, pipeline, cache, _CountingTimer(), most_rows=8, gather=lambda num_tokens: None
+    )  # fmt: skip
+    probe.measure_alone()
+    assert not summed and not gathered
+    probe.measure_together()
+    assert summed == [0.0] * 2 * (1 + 2 * config.model.num_layers), "at two sizes"
+    assert gathered == [1, 6]
+    assert set(probe.times().laws) == set(StepPart)
+    assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
 
 
 def test_steps_are_told_apart_without_waiting_for_the_device(
