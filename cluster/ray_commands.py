@@ -1,0 +1,44 @@
+"""`nanoserve ray ...`: the commands that `ray_cluster.yaml` runs on each machine, and the one to run before `ray up`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import ray_node
+from cluster.ray_node import RayNode
+from cluster.start_display import StartDisplay
+from engine import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Ray on the machines of a cluster.")
+
+
+@app.callback()
+def ray() -> None:
+    """Ray on the machines of a cluster."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start(
+    context: typer.Context,
+    head: Annotated[bool, typer.Option("--head", help="This machine is the cluster's head.")] = False,
+    address: Annotated[str | None, typer.Option(help="Of a worker: the head's host:port.")] = None,
+    port: Annotated[int, typer.Option(help="Of the head: the port others join at.")] = 6379,
+    node_ip_address: Annotated[str | None, typer.Option(help="This machine's address for the others.")] = None,
+    autoscaling_config: Annotated[
+        Path | None, typer.Option(help="Of the head: what `ray up` leaves at ~/ray_bootstrap_config.yaml.")
+    ] = None,
+) -> None:
+    """Like `ray start`, with what nanoserve needs; started already in the same way, it stays as it is.
+
+    Further options are those of `ray start`.
+    """
+    if head == (address is not None):
+        raise ConfigError("`nanoserve ray start` needs either --head or --address with the head's host:port.")
+    if head:
+        node = RayNode.of_head(port, autoscaling_config, node_ip_address, tuple(context.args))
+    else:
+        node = RayNode.of_worker(str(address), node_ip_address, tuple(context.args))
+    is_new = ray_node.start(node)
+    role = "the head" if node.is_head else f"a worker of {node.head}"
+    StartDisplay().say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
