@@ -39,6 +39,6 @@ def require_token(environment: Mapping[str, str] = os.environ) -> None:
     if environment.get(_VALUE) or (path.is_file() and path.read_text().strip()):
         return
     raise ConfigError(
-        f"{path} has no token of the Ray cluster to join. Copy the head's file there (mode 0600); ray_cluster.yaml does "
-        "so by `cluster_synced_files`."
+        f"{path} has no token of the Ray cluster to join. Copy the head's file there (mode 0600); ray_cluster.yaml "
+        "does so by `cluster_synced_files`."
     )

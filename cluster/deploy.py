@@ -4,6 +4,7 @@ Repeating it with the same recipe and code changes nothing; with others the repl
 update. `ray_cluster.yaml` runs it on the head; it waits for the workers that the cluster is meant to have.
 """
 
+import logging
 import os
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.autoscaler_log import autoscaler_log, complaints, current_part, has_given_up
 from cluster.config import ServingConfig
 from cluster.launch_file import LaunchFile
 from cluster.narrator import Narrator, StartError
@@ -71,7 +73,7 @@ def _connect(address: str | None) -> None:
     import ray
 
     try:
-        ray.init(address=address, namespace="nanoserve", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, namespace="nanoserve", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"The Ray cluster at {address} cannot be joined: {error}") from None
 
@@ -95,9 +97,9 @@ def _deploy(config: ServingConfig, num_nodes: int, wait_seconds: float, narrator
     deployment = Deployment(config, local_url(config.host, config.port), narrator)
     if running is not None and old is None:
         raise ConfigError("The Ray cluster serves for a `nanoserve serve --address` elsewhere: stop that first.")
-    if old is not None and running is not None and (new.fingerprint, True) == (old.fingerprint, old.is_ready):
-        if running.status.value == "RUNNING" and deployment.answers():
-            return False
+    is_same = old is not None and old.is_ready and old.fingerprint == new.fingerprint
+    if is_same and running is not None and running.status.value == "RUNNING" and deployment.answers():
+        return False
     if old is None:
         check_port(config.host, config.port)
     elif (old.host, old.port) != (new.host, new.port):
@@ -119,17 +121,25 @@ def _deploy(config: ServingConfig, num_nodes: int, wait_seconds: float, narrator
 def _wait_for_nodes(nodes: Any, wanted: int, wait_seconds: float, narrator: Narrator) -> None:
     """Return when `wanted` machines take part, or after a while with those that do; what cannot fit is told later."""
     deadline = time.monotonic() + wait_seconds
-    told = 0
+    num_told = 0
+    reasons: list[str] = []
     while len(present := nodes()) < wanted:
-        if time.monotonic() > deadline:
-            narrator.say(
-                f"Going on with {len(present)} of {wanted} machines ({', '.join(node.name for node in present)}). Why the "
-                "others did not join is in /tmp/ray/session_latest/logs/monitor.out on the head."
+        log = current_part(autoscaler_log())
+        for reason in complaints(log):
+            if reason not in reasons:
+                reasons.append(reason)
+                narrator.say(f"A machine does not join: {reason}")
+        if has_given_up(log):
+            raise StartError(
+                f"{len(present)} of {wanted} machines take part, and another could not be started (see above; all of "
+                f"it is in {autoscaler_log()}). Mend it and repeat `ray up`, or take it out of worker_ips."
             )
+        if time.monotonic() > deadline:
+            narrator.say(f"Going on with {len(present)} of {wanted} machines; see {autoscaler_log()} for the others.")
             return
-        if len(present) != told:
-            told = len(present)
-            narrator.say(f"{told} of {wanted} machines take part; waiting up to {wait_seconds:.0f} s for the others.")
+        if len(present) != num_told:
+            num_told = len(present)
+            narrator.say(f"{num_told} of {wanted} machines take part; waiting for the others.")
         time.sleep(_POLL_SECONDS)
 
 

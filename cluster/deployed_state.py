@@ -1,6 +1,6 @@
 """What was deployed last, kept in the Ray cluster itself: whether the same again would change anything.
 
-The fingerprint covers the recipe and the project's code, not the weights: a changed checkpoint belongs under a new path.
+The fingerprint covers the recipe and the project's code, not the weights: a changed checkpoint needs a new path.
 """
 
 import hashlib

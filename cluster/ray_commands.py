@@ -1,14 +1,16 @@
-"""`nanoserve ray ...`: the commands that `ray_cluster.yaml` runs on each machine, and the one to run before `ray up`."""
+"""`nanoserve ray`: the command that `ray_cluster.yaml` runs on each machine, and the one to run before `ray up`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster import ray_node
+from cluster import launch_check, ray_node
 from cluster.ray_node import RayNode
 from cluster.start_display import StartDisplay
 from engine import ConfigError
+
+EXIT_PROBLEMS = 2
 
 app = typer.Typer(no_args_is_help=True, help="Ray on the machines of a cluster.")
 
@@ -42,3 +44,21 @@ def start(
     is_new = ray_node.start(node)
     role = "the head" if node.is_head else f"a worker of {node.head}"
     StartDisplay().say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A cluster file of `ray up`.")] = Path("ray_cluster.yaml"),
+) -> None:
+    """Say what would go wrong with `ray up`, and what would be right, within seconds. Starts nothing."""
+    display = StartDisplay()
+    machines, problems = launch_check.check(file)
+    for machine in machines:
+        gpus = f"{machine.num_gpus} GPU{'s' * (machine.num_gpus != 1)}"
+        runs = "runs this cluster already" if machine.is_node else "can be reached"
+        display.say(f"{machine.name} {runs}: {machine.num_cores} cores, {gpus}.")
+    for problem in problems:
+        display.fail(problem)
+    if problems:
+        raise typer.Exit(EXIT_PROBLEMS)
+    display.say(f"{file} can be launched: ray up -y {file}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.auth_token import make_token, require_token
+from cluster.autoscaler_log import RESTARTED, autoscaler_log
 from cluster.launch_file import LOCAL, LaunchFile, is_loopback
 from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes
 from cluster.narrator import StartError
@@ -110,7 +112,9 @@ def start(node: RayNode) -> bool:
     mark = _mark(node, environment)
     os.environ.update(environment)
     found = {process.mark for process in marked_processes()}
-    if mark in found and _takes_part(node):
+    present = _living_nodes(node.head) if mark in found else set()
+    if node.address in present and running_node() is not None:
+        _revive_autoscaler(node, len(present))
         return False
     for old in found:
         end_marked(old)
@@ -134,18 +138,29 @@ def _mark(node: RayNode, environment: Mapping[str, str]) -> str:
     return ("head-" if node.is_head else "worker-") + hashlib.sha256(decided.encode()).hexdigest()[:16]
 
 
-def _takes_part(node: RayNode) -> bool:
-    """Whether the marked processes belong to the cluster whose head answers now: a worker may outlive its head."""
-    if running_node() is None:
-        return False
-    from ray._raylet import GcsClient
+def _living_nodes(head: str) -> set[str]:
+    """The addresses that the head takes for alive. A worker's processes may have outlived their own head."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
-        nodes = GcsClient(address=node.head).get_all_node_info(timeout=10).values()
+        nodes = GcsClient(address=head).get_all_node_info(timeout=10).values()
     except Exception:
-        return False
+        return set()
     alive = 0
-    return any(known.node_manager_address == node.address and known.state == alive for known in nodes)
+    return {known.node_manager_address for known in nodes if known.state == alive}
+
+
+def _revive_autoscaler(node: RayNode, num_present: int) -> None:
+    """Ray's autoscaler does not try a machine again that once failed to start; a new one does."""
+    if node.cluster_file is None or num_present > LaunchFile.load(node.cluster_file).min_workers:
+        return
+    for process in marked_processes():
+        if any(word.endswith("/autoscaler/_private/monitor.py") for word in process.command):
+            os.kill(process.process_id, signal.SIGKILL)
+            with autoscaler_log().open("a") as log:
+                log.write(f"{RESTARTED}\n")
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.Popen(process.command, env=dict(process.environment), start_new_session=True, **quiet)
 
 
 def _check_port(node: RayNode) -> None:

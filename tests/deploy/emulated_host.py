@@ -9,11 +9,9 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "curl")
@@ -36,6 +34,7 @@ _BOOT = """\
 set -e
 hostname {name}
 mount --bind {directory}/passwd /etc/passwd
+mount --bind {directory}/home {home}
 mount --bind {directory}/ray /tmp/ray
 mount -t tmpfs -o size={shared_memory} tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
@@ -71,11 +70,14 @@ class EmulatedHost:
         """`profile` are lines of shell that its login shells read."""
         self.name = name
         self._directory = directory
-        self.home = directory / "home"
-        for part in (self.home / ".ssh", directory / "ray"):
+        self.files = directory / "home"  # what is in the home directory, seen from this machine
+        self.home = directory.parent / "home"  # and on the host: the same place on all, as Ray expects
+        self.scratch = directory / "tmp"
+        for part in (self.files / ".ssh", self.scratch, directory / "ray"):
             part.mkdir(parents=True)
+        self.home.mkdir(exist_ok=True)
         Path("/tmp/ray").mkdir(exist_ok=True)  # to be covered by the host's own
-        (self.home / ".bashrc").write_text(profile)
+        (self.files / ".bashrc").write_text(profile)
         self._write_passwd()
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / "host_key"))
         (directory / "authorized_keys").touch()
@@ -84,7 +86,7 @@ class EmulatedHost:
 
     def make_key(self) -> str:
         """A key pair at ~/.ssh/id_ed25519; the public half, for `authorize`."""
-        key = self.home / ".ssh" / "id_ed25519"
+        key = self.files / ".ssh" / "id_ed25519"
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
         return key.with_suffix(".pub").read_text()
 
@@ -97,7 +99,9 @@ class EmulatedHost:
         """Return when its sshd answers."""
         _run("ip", "netns", "add", self.name)
         _run("ip", "-n", self.name, "link", "set", "lo", "up")
-        boot = _BOOT.format(name=self.name, directory=self._directory, shared_memory=SHARED_MEMORY, sshd=_which("sshd"))
+        boot = _BOOT.format(
+            name=self.name, directory=self._directory, home=self.home, shared_memory=SHARED_MEMORY, sshd=_which("sshd")
+        )
         command = ["ip", "netns", "exec", self.name, "unshare", "-mpfu", "--kill-child", "--mount-proc"]
         with (self._directory / "sshd.log").open("wb") as log:
             self._process = subprocess.Popen(
