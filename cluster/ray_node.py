@@ -27,7 +27,7 @@ from cluster.ray_environment import shared_environment
 from engine import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 _OBJECT_STORE_BYTES = 200 << 20  # nothing of ours travels through Ray's object store
 
 
@@ -40,7 +40,7 @@ class RayNode:
     address: str
     cluster_file: Path | None = None
     arguments: tuple[str, ...] = ()
-    enables_autoscaler_v2: bool = True
+    uses_autoscaler_v1: bool = False
 
     @classmethod
     def of_head(
@@ -60,7 +60,7 @@ class RayNode:
             cluster_file=cluster_file,
             arguments=arguments,
             # With the local provider version 2 never launches a worker (measured with Ray 2.60).
-            enables_autoscaler_v2=not is_local,
+            uses_autoscaler_v1=is_local,
         )
 
     @classmethod
@@ -75,7 +75,7 @@ class RayNode:
     def environment(self, directory: Path, haproxy: Path) -> dict[str, str]:
         """For Ray's processes here and all that they start."""
         environment = shared_environment(directory, haproxy, str(ROOT), is_loopback=is_loopback(self.address))
-        return environment | {"RAY_enable_autoscaler_v2": str(int(self.enables_autoscaler_v2))}
+        return environment | ({"RAY_enable_autoscaler_v2": "0"} if self.uses_autoscaler_v1 else {})
 
     def command(self) -> list[str]:
         """Of `ray start`."""
@@ -119,7 +119,11 @@ def start(node: RayNode) -> bool:
     for old in found:
         end_marked(old)
     _check_port(node)
-    _ray_start(node, os.environ | {MARK: mark})
+    try:
+        _ray_start(node, os.environ | {MARK: mark})
+    except StartError:  # a busy machine can miss one of the time limits that Ray sets its own processes
+        end_marked(mark)
+        _ray_start(node, os.environ | {MARK: mark})
     return True
 
 
