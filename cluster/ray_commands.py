@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cluster import launch_check, ray_node
+from cluster.monitoring import start_monitoring
 from cluster.ray_node import RayNode
 from cluster.start_display import StartDisplay
 from engine import ConfigError
@@ -41,9 +42,14 @@ def start(
         node = RayNode.of_head(port, autoscaling_config, node_ip_address, tuple(context.args))
     else:
         node = RayNode.of_worker(str(address), node_ip_address, tuple(context.args))
+    display = StartDisplay()
     is_new = ray_node.start(node)
     role = "the head" if node.is_head else f"a worker of {node.head}"
-    StartDisplay().say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
+    display.say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
+    raylet = ray_node.running_node()
+    if node.is_head and raylet is not None:
+        for line in start_monitoring(ray_node.state_directory(), raylet.environment):
+            display.say(line)
 
 
 @app.command()

@@ -176,8 +176,9 @@ def _check_port(node: RayNode) -> None:
                 return
         except OSError as error:
             raise ConfigError(
-                f"Cannot listen on {node.head}: {error.strerror}. If an earlier Ray cluster holds the port, end it "
-                f"(`ray stop`); else stop what does (`ss -ltnp 'sport = :{port}'` shows it), or choose another --port."
+                f"Cannot listen on {node.head}: {os.strerror(error.errno or 0)}. If an earlier Ray cluster holds the "
+                f"port, end it (`ray stop`); else stop what does (`ss -ltnp 'sport = :{port}'` shows it), or choose "
+                "another --port."
             ) from None
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

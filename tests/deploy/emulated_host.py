@@ -9,9 +9,10 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "curl")
@@ -177,17 +178,21 @@ class EmulatedHost:
         (self._directory / "passwd").write_text("\n".join(moved) + "\n")
 
 
-def hold_port(host: EmulatedHost, port: int) -> "subprocess.Popen[bytes]":
-    """Somebody else's process that listens on a port of the host's loopback; the caller kills it."""
+@contextlib.contextmanager
+def held_port(host: EmulatedHost, port: int) -> Iterator[None]:
+    """Meanwhile somebody else's process listens on a port of the host's loopback."""
     program = (
         f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print(1, flush=True); time.sleep(999)"
     )
-    process = subprocess.Popen(
-        host.command("python3", "-c", program, directory=Path("/")), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
+    command = host.command("python3", "-c", program, directory=Path("/"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline(), "the port is taken by another"
+        try:
+            yield
+        finally:
+            for pid in [pid for pid, line in host.processes().items() if "time.sleep(999)" in line]:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _which(program: str) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.serve_command import until
 from tests.deploy.conftest import MakeHost
-from tests.deploy.emulated_host import EmulatedHost, hold_port
+from tests.deploy.emulated_host import EmulatedHost, held_port
 from tests.deploy.launch import ROOT, edit_cluster_file, post, ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -33,12 +33,8 @@ def recipe(path: Path, **keys: object) -> str:
 
 
 def test_a_taken_port_is_said(host: EmulatedHost, file: Path) -> None:
-    other = hold_port(host, 6379)
-    try:
+    with held_port(host, 6379):
         done = ray(host, "up", "-y", str(file))
-    finally:
-        other.kill()
-        other.wait()
     assert done.returncode != 0
     assert "nanoserve: Cannot listen on 127.0.0.1:6379: Address already in use." in done.stdout
     assert not named(host, "raylet")
