@@ -35,13 +35,19 @@ class MarkedProcess:
 
 
 def marked_processes() -> list[MarkedProcess]:
-    """All but this process and those above it, which may have inherited the mark from a shell of the user's."""
+    """All but this process and those above it, which may have inherited the mark from a shell of the user's.
+
+    Nor those of containers on this machine, which are machines of their own.
+    """
     found = []
     above = _ancestors()
+    here = os.readlink("/proc/self/ns/pid")
     for entry in _PROC.iterdir():
         if not entry.name.isdigit() or int(entry.name) in above:
             continue
         with contextlib.suppress(OSError):
+            if os.readlink(entry / "ns" / "pid") != here:
+                continue
             if f"{MARK}=".encode() not in (data := (entry / "environ").read_bytes()):
                 continue
             variables = dict(item.split("=", 1) for item in data.decode(errors="replace").split("\0") if "=" in item)
