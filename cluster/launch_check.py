@@ -20,7 +20,8 @@ from cluster.machine_probe import Machine, ProbeError, probe
 from cluster.placement import NodeResources, plan_placement
 from engine import CapacityError, ConfigError, DeviceKind
 
-HEAD_PORTS = {6379: "Ray's head", 8404: "HAProxy's statistics", 8500: "Serve's own proxy", 9101: "HAProxy's metrics"}
+HEAD_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
+NODE_PORTS = {8404: "HAProxy's statistics", 8500: "Serve's own proxy", 9101: "HAProxy's metrics"}
 ENVIRONMENT_BYTES = 10 << 30  # of Python packages with CUDA's libraries
 
 
@@ -89,14 +90,15 @@ def _machine_problems(launch: LaunchFile, machine: Machine, config: ServingConfi
     for path in machine.absent:
         found.append(f"does not have {path}, which {launch.recipe} names as the model: copy or mount it there.")
     if not machine.is_node:
-        ports = {port: use for port, use in HEAD_PORTS.items() if machine.name == launch.head_reached_at or port > 6379}
+        is_head = machine.name == launch.head_reached_at
+        ports = dict(NODE_PORTS | HEAD_PORTS if is_head else NODE_PORTS)
         if config is not None:
-            ports[config.port] = "the API"
+            ports[config.port] = "the API's"
         for port in sorted(machine.ports & ports.keys()):
             found.append(
-                f"port {port} is taken, which {ports[port]} needs: stop what listens there "
+                f"port {port} ({ports[port]}) is taken: stop what listens there "
                 f"(`ss -ltnp 'sport = :{port}'` shows it; `ray stop` if it is an earlier Ray cluster)"
-                + (f", or change `port` in {launch.recipe}." if ports[port] == "the API" else ".")
+                + (f", or change `port` in {launch.recipe}." if ports[port] == "the API's" else ".")
             )
     return [f"{machine.name}: {problem}" for problem in found]
 

@@ -7,8 +7,9 @@ so that it can be found again by a later command, and ended alone.
 import contextlib
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def marked_processes() -> list[MarkedProcess]:
             if MARK in variables and command != [""]:
                 found.append(MarkedProcess(process_id=int(entry.name), command=tuple(command), environment=variables))
     return found
+
+
+def start_apart(command: Sequence[str], environment: Mapping[str, str], directory: Path | None = None) -> None:
+    """Start a program that outlives this one and says nothing; `environment` carries the mark."""
+    quiet = subprocess.DEVNULL
+    subprocess.Popen(
+        command, env=environment, cwd=directory, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+    )
 
 
 def end_marked(mark: str, patience: float = 10.0) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from cluster.marked_processes import marked_processes
+from cluster.marked_processes import marked_processes, start_apart
 from cluster.ray_node import ROOT, running_node
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
@@ -77,11 +77,7 @@ def start_monitoring(directory: Path, environment: Mapping[str, str]) -> list[st
                 "docs/launch.md says how it can read this cluster."
             )
     if free:
-        command = [sys.executable, "-m", "cluster.monitoring", str(directory)]
-        quiet = subprocess.DEVNULL
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
-        )
+        start_apart([sys.executable, "-m", "cluster.monitoring", str(directory)], environment, ROOT)
     return said
 
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from cluster.auth_token import make_token, require_token
 from cluster.autoscaler_log import RESTARTED, autoscaler_log
 from cluster.launch_file import LOCAL, LaunchFile, is_loopback
-from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes
+from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes, start_apart
 from cluster.narrator import StartError
 from cluster.ray_environment import shared_environment
 from engine import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
+DASHBOARD_PORT = 8265
 _OBJECT_STORE_BYTES = 200 << 20  # nothing of ours travels through Ray's object store
 
 
@@ -163,29 +164,34 @@ def _revive_autoscaler(node: RayNode, num_present: int) -> None:
             os.kill(process.process_id, signal.SIGKILL)
             with autoscaler_log().open("a") as log:
                 log.write(f"{RESTARTED}\n")
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.Popen(process.command, env=dict(process.environment), start_new_session=True, **quiet)
+            start_apart(process.command, process.environment)
 
 
 def _check_port(node: RayNode) -> None:
-    """Ray's own answer to a port in use is a minute's wait and a stack of calls."""
+    """Ray's own answers to a port in use, or to a head that is not there, are a long wait and a stack of calls."""
     host, _, port = node.head.rpartition(":")
     if node.is_head:
-        try:
-            with socket.create_server((host, int(port))):
-                return
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot listen on {node.head}: {os.strerror(error.errno or 0)}. If an earlier Ray cluster holds the "
-                f"port, end it (`ray stop`); else stop what does (`ss -ltnp 'sport = :{port}'` shows it), or choose "
-                "another --port."
-            ) from None
+        _check_free(host, int(port), "--port")
+        if not any(word.startswith(("--dashboard-", "--include-dashboard")) for word in node.arguments):
+            _check_free("127.0.0.1", DASHBOARD_PORT, "--dashboard-port")
+        return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConfigError(
             f"The head at {node.head} cannot be reached from {node.address}: {error}. Does Ray run there, and does a "
             "firewall let machines of the cluster talk to each other?"
+        ) from None
+
+
+def _check_free(host: str, port: int, option: str) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}. If an earlier Ray cluster holds the "
+            f"port, end it (`ray stop`); else stop what does (`ss -ltnp 'sport = :{port}'` shows it), or choose "
+            f"another {option}."
         ) from None
 
 

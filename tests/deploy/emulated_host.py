@@ -154,6 +154,13 @@ class EmulatedHost:
                         found[int(entry.name)] = line
         return found
 
+    def wait_until_idle(self, seconds: float) -> None:
+        """Return when nothing runs there any more. ssh keeps a connection for ten seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert left == {}, f"still running on {self.name}"
+
     def listening(self) -> list[str]:
         """Addresses that accept connections, as `ss` writes them."""
         shown = self.run("ss", "-Hltn", seconds=20).stdout

@@ -30,7 +30,7 @@ def edit_cluster_file(
         r"(nanoserve deploy )\S+()": recipe,
     }
     for pattern, value in edits.items():
-        text, count = re.subn(pattern, lambda match, value=value: f"{match[1]}{value}{match[2]}", text)
+        text, count = re.subn(pattern, rf"\g<1>{value}\g<2>", text)
         assert count == 1, pattern
     target.write_text(text)
     return target

@@ -50,8 +50,8 @@ def test_good_machines_have_no_problems() -> None:
         (replace(GOOD, python=""), ["10.0.0.1: has no Python 3.11", "apt-get install python3"]),
         (replace(GOOD, has_rsync=False), ["10.0.0.1: has no rsync"]),
         (replace(GOOD, free_bytes=3 << 30), ["3.0 GiB free"]),
-        (replace(GOOD, ports=frozenset({22, 6379})), ["port 6379 is taken", "Ray's head", "`ray stop`"]),
-        (replace(GOOD, ports=frozenset({8000})), ["port 8000 is taken", "change `port` in r.yaml"]),
+        (replace(GOOD, ports=frozenset({22, 6379})), ["port 6379 (Ray's head) is taken", "`ray stop`"]),
+        (replace(GOOD, ports=frozenset({8000})), ["port 8000 (the API's) is taken", "change `port` in r.yaml"]),
         (replace(GOOD, absent=("/models/x/config.json",)), ["does not have /models/x/config.json"]),
     ],
 )
@@ -181,5 +181,5 @@ def test_taken_ports_and_missing_gpus_are_said(host: EmulatedHost, tmp_path: Pat
     with held_port(host, 8404):
         done = check(host, edit_cluster_file(tmp_path / "c.yaml", recipe=str(recipe)))
     assert done.returncode == 2
-    assert "127.0.0.1: port 8404 is taken, which HAProxy's statistics needs" in done.stdout
+    assert "127.0.0.1: port 8404 (HAProxy's statistics) is taken" in done.stdout
     assert "need 1 GPUs" in done.stdout

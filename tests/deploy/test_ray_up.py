@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.serve_command import until
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
 from tests.deploy.launch import ROOT, edit_cluster_file, post, ray
@@ -113,7 +112,7 @@ def test_ray_down_leaves_nothing_running(host: EmulatedHost, file: Path) -> None
     assert len(host.processes()) > 10
     done = ray(host, "down", "-y", str(file))
     assert done.returncode == 0, done.stdout
-    until(lambda: not host.processes(), 60, "every process to end; ssh keeps a connection for ten seconds")
+    host.wait_until_idle(120)
 
 
 def named(host: EmulatedHost, part: str) -> set[int]:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.serve_command import until
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost
 from tests.deploy.launch import ROOT, edit_cluster_file, post, ray
@@ -44,7 +43,7 @@ def test_two_machines(hosts: tuple[EmulatedHost, EmulatedHost], tmp_path: Path) 
     down = ray(head, "down", "-y", str(file))
     assert down.returncode == 0, down.stdout
     for host in hosts:
-        until(lambda host=host: not host.processes(), 90, f"every process on {host.name} to end")  # type: ignore[misc]
+        host.wait_until_idle(120)
 
 
 def processes(host: EmulatedHost, name: str) -> set[int]:
