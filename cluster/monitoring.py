@@ -1,31 +1,21 @@
-"""Prometheus and Grafana beside a cluster's head, where they are installed: `python -m cluster.monitoring DIRECTORY`.
+"""Prometheus and Grafana beside a cluster's head, where they are installed: how they are to be run.
 
-They listen on loopback, read `deploy/prometheus.yml` and `dashboards/*.json`, keep their data under DIRECTORY, and end
-with the machine's Ray, however that ends. A Prometheus or Grafana of the user's own on the same port is left alone.
+They listen on loopback, read `deploy/prometheus.yml` and `dashboards/*.json`, and keep their data in a folder of ours.
+A Prometheus or Grafana of the user's own on the same port is left alone. `cluster.node_keeper` runs them.
 """
 
-import os
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from cluster.marked_processes import marked_processes, start_apart
-from cluster.ray_node import ROOT, running_node
-
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 RETENTION = "15d"
 _GRAFANA_HOME = Path("/usr/share/grafana")
-_POLL_SECONDS = 1.0
-_STOP_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +28,7 @@ class Companion:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def companions(directory: Path, root: Path = ROOT) -> list[Companion]:
+def companions(directory: Path, root: Path) -> list[Companion]:
     """Those that are installed here, with what they need to know written under `directory`."""
     found = []
     prometheus, configuration = shutil.which("prometheus"), root / "deploy" / "prometheus.yml"
@@ -60,25 +50,6 @@ def companions(directory: Path, root: Path = ROOT) -> list[Companion]:
         environment = _grafana_environment(directory / "grafana", root / "dashboards")
         found.append(Companion(name="Grafana", port=GRAFANA_PORT, command=command, environment=environment))
     return found
-
-
-def start_monitoring(directory: Path, environment: Mapping[str, str]) -> list[str]:
-    """Have them run from now on, unless they do; what to tell the user. `environment` carries the mark of the node."""
-    if any("cluster.monitoring" in process.command for process in marked_processes()):
-        return []
-    said, free = [], False
-    for companion in companions(directory):
-        if is_free(companion.port):
-            free = True
-            said.append(f"{companion.name} listens on http://127.0.0.1:{companion.port}.")
-        else:
-            said.append(
-                f"{companion.name} is not started, since something listens on port {companion.port} already; "
-                "docs/launch.md says how it can read this cluster."
-            )
-    if free:
-        start_apart([sys.executable, "-m", "cluster.monitoring", str(directory)], environment, ROOT)
-    return said
 
 
 def is_free(port: int) -> bool:
@@ -121,32 +92,3 @@ def _grafana_environment(directory: Path, dashboards: Path) -> dict[str, str]:
         "GF_ANALYTICS_REPORTING_ENABLED": "false",
         "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
     }
-
-
-def main() -> None:
-    """Start what is installed and free to start, and end it once Ray is gone."""
-    directory = Path(sys.argv[1])
-    running: list[subprocess.Popen[bytes]] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    try:
-        for companion in companions(directory):
-            if is_free(companion.port):
-                with (directory / f"{companion.name.lower()}.log").open("ab") as log:
-                    environment = os.environ | dict(companion.environment)
-                    running.append(
-                        subprocess.Popen(companion.command, env=environment, cwd=directory, stdout=log, stderr=log)
-                    )
-        while running_node() is not None and any(process.poll() is None for process in running):
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-if __name__ == "__main__":
-    main()

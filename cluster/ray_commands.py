@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cluster import launch_check, ray_node
-from cluster.monitoring import start_monitoring
+from cluster.node_keeper import start_keeper
 from cluster.ray_node import RayNode
 from cluster.start_display import StartDisplay
 from engine import ConfigError
@@ -47,8 +47,8 @@ def start(
     role = "the head" if node.is_head else f"a worker of {node.head}"
     display.say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
     raylet = ray_node.running_node()
-    if node.is_head and raylet is not None:
-        for line in start_monitoring(ray_node.state_directory(), raylet.environment):
+    if raylet is not None:
+        for line in start_keeper(ray_node.state_directory(), raylet):
             display.say(line)
 
 

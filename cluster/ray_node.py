@@ -29,6 +29,7 @@ from engine import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
 DASHBOARD_PORT = 8265
+HEAD_MARK = "head-"
 _OBJECT_STORE_BYTES = 200 << 20  # nothing of ours travels through Ray's object store
 
 
@@ -140,7 +141,7 @@ def state_directory() -> Path:
 
 def _mark(node: RayNode, environment: Mapping[str, str]) -> str:
     decided = json.dumps([node.command(), dict(environment), version("ray"), sys.version], sort_keys=True)
-    return ("head-" if node.is_head else "worker-") + hashlib.sha256(decided.encode()).hexdigest()[:16]
+    return (HEAD_MARK if node.is_head else "worker-") + hashlib.sha256(decided.encode()).hexdigest()[:16]
 
 
 def _living_nodes(head: str) -> set[str]:

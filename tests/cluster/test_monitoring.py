@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import monitoring
-from cluster.monitoring import companions, is_free, start_monitoring
+from cluster import monitoring, node_keeper
+from cluster.marked_processes import MARK, MarkedProcess
+from cluster.monitoring import companions, is_free
 
 
 @pytest.fixture
@@ -45,14 +46,23 @@ def test_both_listen_on_loopback_and_keep_their_data_apart(programs: Path) -> No
 def test_nothing_is_started_where_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert companions(tmp_path, tmp_path) == []
-    assert start_monitoring(tmp_path, {}) == []
 
 
 def test_a_taken_port_is_left_to_who_has_it(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(node_keeper, "ROOT", programs)
+    monkeypatch.setattr(node_keeper, "marked_processes", list)
+    monkeypatch.setattr(node_keeper, "start_apart", lambda *command: started.append(command))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert not is_free(port)
         monkeypatch.setattr(monitoring, "PROMETHEUS_PORT", port)
         monkeypatch.setattr(monitoring, "GRAFANA_PORT", port)
-        lines = start_monitoring(programs / "state", {})
-    assert any(f"Grafana is not started, since something listens on port {port}" in line for line in lines)
+        head, worker = (
+            MarkedProcess(process_id=1, command=("raylet",), environment={MARK: mark})
+            for mark in ("head-x", "worker-x")
+        )
+        lines = node_keeper.start_keeper(programs / "state", head)
+        assert node_keeper.start_keeper(programs / "state", worker) == []
+    assert [line.split(",")[0] for line in lines] == ["Prometheus is not started", "Grafana is not started"]
+    assert len(started) == 2, "a machine has its keeper also where it runs neither"
