@@ -65,9 +65,12 @@ install_project() {
       -e ".${wanted:+[$wanted]}"
     return
   fi
-  if nvidia-smi -L >/dev/null 2>&1; then
+  if [[ -n "$gpu" ]]; then
     echo "Found an NVIDIA GPU: installing the CUDA build of $torch"
     wanted="${wanted:+$wanted,}gpu"
+    if "$venv/bin/pip" list 2>/dev/null | grep -q '^torch .*+cpu'; then
+      "$venv/bin/pip" uninstall -q -y torch
+    fi
   else
     echo "Found no NVIDIA GPU: installing the CPU build of $torch"
     install_cpu_torch "$torch" || fail \
@@ -84,8 +87,9 @@ fi
 [[ -x "$venv/bin/python" ]] || make_environment
 "$venv/bin/python" -c "$is_recent" || fail \
   "$PWD/$venv holds $("$venv/bin/python" --version); 3.11 or later is needed. Remove it and try again."
+gpu="$(nvidia-smi -L >/dev/null 2>&1 && echo yes || true)"
 stamp="$venv/.installed"
-requirements="$(echo "$extras ${TORCH:-}" | cat - pyproject.toml constraints.txt | cksum)"
+requirements="$(echo "$extras ${TORCH:-} $gpu" | cat - pyproject.toml constraints.txt | cksum)"
 if [[ "$(cat "$stamp" 2>/dev/null)" == "$requirements" ]]; then
   echo "$PWD/$venv has what pyproject.toml and constraints.txt ask for."
   exit
