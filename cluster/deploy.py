@@ -101,7 +101,7 @@ def _deploy(config: ServingConfig, num_nodes: int, wait_seconds: float, narrator
     if is_same and running is not None and running.status.value == "RUNNING" and deployment.answers():
         return False
     if old is None:
-        check_port(config.host, config.port)
+        check_port(config.host, config.port, "`port` in the recipe")
     elif (old.host, old.port) != (new.host, new.port):
         raise ConfigError(
             f"This Ray cluster's API listens on {old.host}:{old.port} as long as the cluster lives; the recipe wants "

@@ -53,6 +53,12 @@ def start(
 
 
 @app.command()
+def stop() -> None:
+    """End what `nanoserve ray start` started on this machine. Unlike `ray stop`, nothing else of Ray."""
+    StartDisplay().say(f"Ended {ray_node.stop()} processes.")
+
+
+@app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A cluster file of `ray up`.")] = Path("ray_cluster.yaml"),
 ) -> None:

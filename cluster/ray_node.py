@@ -129,6 +129,11 @@ def start(node: RayNode) -> bool:
     return True
 
 
+def stop() -> int:
+    """End all that `start` started on this machine, and nothing else of Ray; how many processes there were."""
+    return sum(end_marked(mark) for mark in {process.mark for process in marked_processes()})
+
+
 def state_directory() -> Path:
     """HAProxy's files, and what Prometheus and Grafana keep. Short, since it holds sockets."""
     directory = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / f"nanoserve-{os.getuid()}"

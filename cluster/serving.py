@@ -29,15 +29,15 @@ _LONGEST_BASE = 8  # HAProxy's sockets lie deep below it, and their paths may ha
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about its minimum
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` unless this process could listen on `host`:`port` now."""
+def check_port(host: str, port: int, setting: str = "--port") -> None:
+    """Raise `ConfigError` unless this process could listen on `host`:`port` now; `setting` chooses another port."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise ConfigError(
             f"Cannot listen on {host}:{port}: {error.strerror}. Stop what uses port {port} "
-            f"(`ss -ltnp 'sport = :{port}'` shows it), or choose another with --port."
+            f"(`ss -ltnp 'sport = :{port}'` shows it), or choose another with {setting}."
         ) from None
 
 

@@ -47,10 +47,10 @@ def ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def check(host: EmulatedHost, file: Path) -> subprocess.CompletedProcess[str]:
-    """`nanoserve ray check` at the project's root on a machine of the cluster."""
+def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
+    """A `nanoserve ray` command at the project's root on a machine of the cluster."""
     python = str(ENVIRONMENT / "bin" / "python")
-    return host.run(python, "-m", "cluster.cli", "ray", "check", str(file), directory=ROOT, seconds=120)
+    return host.run(python, "-m", "cluster.cli", "ray", *command, directory=ROOT, seconds=120)
 
 
 def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:

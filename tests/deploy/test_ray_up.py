@@ -8,7 +8,7 @@ import pytest
 
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
-from tests.deploy.launch import ROOT, edit_cluster_file, post, ray
+from tests.deploy.launch import ROOT, edit_cluster_file, nanoserve_ray, post, ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -45,6 +45,15 @@ def test_a_model_for_gpus_is_refused_where_there_are_none(host: EmulatedHost, fi
     assert done.returncode != 0
     assert "need 1 GPUs, all 1 of a replica on one node; 127.0.0.1 has 0" in done.stdout
     assert not named(host, "ServeReplica")
+
+
+def test_what_was_started_can_be_ended_alone(host: EmulatedHost) -> None:
+    with held_port(host, 7000):
+        others = {pid for pid, line in host.processes().items() if "time.sleep" in line}
+        assert len(host.processes()) > 10
+        done = nanoserve_ray(host, "stop")
+        assert done.returncode == 0, done.stdout
+        assert {pid for pid, line in host.processes().items() if "ssh" not in line} == others
 
 
 def test_it_serves(host: EmulatedHost, file: Path) -> None:
@@ -110,6 +119,8 @@ def test_another_port_needs_another_cluster(host: EmulatedHost, tmp_path: Path) 
 
 def test_ray_down_leaves_nothing_running(host: EmulatedHost, file: Path) -> None:
     assert len(host.processes()) > 10
+    # Where the last `ray up` failed, `ray down` of Ray 2.60 takes the head for gone and stops nothing.
+    assert ray(host, "up", "-y", str(file)).returncode == 0
     done = ray(host, "down", "-y", str(file))
     assert done.returncode == 0, done.stdout
     host.wait_until_idle(120)
