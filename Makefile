@@ -14,14 +14,12 @@ MODEL ?= deploy/models/demo.yaml
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-# The interpreter that makes the virtual environment: the first of these that is Python 3.11 or later.
-PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
-	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+# The interpreter that makes the virtual environment; deploy/install.sh looks for one unless it is given.
+PYTHON ?=
 
-# The version of torch is pinned in constraints.txt; its build (CPU or CUDA) is chosen by `install`. A requirement
-# given here, such as TORCH=torch==2.12.1 or a path to a wheel, is installed instead.
+# The version of torch is pinned in constraints.txt; its build (CPU or CUDA) is chosen by deploy/install.sh. A
+# requirement given here, such as TORCH=torch==2.12.1 or a path to a wheel, is installed instead.
 TORCH ?=
-TORCH_PINNED = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 
 # The part of `make gpu` to run (default: all), a folder of planned schedules for it to run, and further arguments,
 # such as ARGS="--out DIR --seconds 570".
@@ -37,32 +35,8 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make .venv with the project (editable) and its development tools
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || { \
-	  '$(PYTHON)' -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "nanoserve needs Python 3.11 or later with its venv module; '$(PYTHON)' is not one, nor was one found as" \
-	         "python3, python3.12, python3.11 or python3.13." >&2; \
-	    echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make install PYTHON=/path/to/python3" >&2; \
-	    exit 1; }; \
-	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
-	  $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(VENV) holds $$($(BIN)/python --version); nanoserve needs 3.11 or later. Remove $(VENV) and run make again." >&2; \
-	  exit 1; }
-	@if [ -n "$(TORCH)" ]; then \
-	  $(BIN)/pip install -c <(grep -vE '^(torch=|triton=|nvidia-|cuda-)' constraints.txt) "$(TORCH)" -e '.[dev]'; \
-	elif nvidia-smi -L >/dev/null 2>&1; then \
-	  echo "Found an NVIDIA GPU: installing the CUDA build of $(TORCH_PINNED)"; \
-	  $(BIN)/pip install -c constraints.txt -e '.[dev,gpu]'; \
-	else \
-	  echo "Found no NVIDIA GPU: installing the CPU build of $(TORCH_PINNED)"; \
-	  $(BIN)/pip install "$(TORCH_PINNED)+cpu" 2>/dev/null \
-	  || { echo "pip is not offered $(TORCH_PINNED)+cpu; asking uv, which knows where the CPU builds are"; \
-	       $(BIN)/pip install -q uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu "$(TORCH_PINNED)"; } \
-	  || { echo "Could not install the CPU build of $(TORCH_PINNED). Install it into $(VENV) by hand, or accept" \
-	            "another build: make install TORCH=$(TORCH_PINNED)" >&2; exit 1; }; \
-	  $(BIN)/pip install -c constraints.txt -e '.[dev]'; \
-	fi
+$(INSTALLED): pyproject.toml constraints.txt deploy/install.sh
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' deploy/install.sh dev
 	@touch $@
 
 serve: install  ## start a one-node cluster that serves MODEL on http://HOST:PORT

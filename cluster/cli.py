@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.config import ServingConfig, ray_address
+from cluster.deploy import deploy
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
+from cluster.ray_commands import app as ray_app
 from cluster.start_display import StartDisplay
 from cluster.tokenizer import Tokenizer
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_cpu, check_host_memory
@@ -31,6 +33,8 @@ app = typer.Typer(
 bench.command("serve")(bench_serve)
 app.add_typer(engine_app)
 app.command("generate")(generate)
+app.command("deploy")(deploy)
+app.add_typer(ray_app, name="ray")
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2

@@ -1,7 +1,9 @@
-"""Keeps the gRPC server that Ray Serve opens in each replica process to the node's own address.
+"""Keeps the servers that Ray Serve opens in each replica process to the node's own address.
 
-Serve 2.60 binds it to every interface and has no setting for it. A test looks at every listening socket of a running
-server, so a Ray that changes here cannot go unnoticed. `cluster.haproxy` does the same for HAProxy's pages.
+Serve 2.60 binds the gRPC server to every interface, and the HTTP server of an ingress, which the HAProxy of any node
+may call, to the host of the API: on 127.0.0.1 no other node reaches it. There is no setting for either. A test looks at
+every listening socket of a running server, and another at a cluster of two machines, so a Ray that changes here cannot
+go unnoticed. `cluster.haproxy` does the same for HAProxy's pages.
 """
 
 from typing import Any
@@ -20,10 +22,14 @@ def node_address() -> str:
 
 
 def bind_replica_server_to_node() -> None:
-    """In a replica's constructor, before Serve opens its gRPC server: bind that to the node's address."""
+    """In a replica's constructor, before Serve opens its servers: bind them to the node's address."""
     original = _serve_replica.add_port_to_grpc_server
     if getattr(original, "is_bound_to_node", False):
         return
+    start_http_server = _serve_replica.start_asgi_http_server
+
+    def bound_http(app: Any, options: Any, **others: Any) -> Any:
+        return start_http_server(app, options.model_copy(update={"host": node_address()}), **others)
 
     def bound(server: object, address: str) -> int:
         if address == _ANY:
@@ -33,3 +39,4 @@ def bind_replica_server_to_node() -> None:
 
     bound.is_bound_to_node = True  # type: ignore[attr-defined]
     _serve_replica.add_port_to_grpc_server = bound
+    _serve_replica.start_asgi_http_server = bound_http

@@ -14,48 +14,30 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.config import ServingConfig
+from cluster.narrator import Narrator, StartError
 from cluster.process_tree import ProcessTree
 from cluster.ray_environment import ServePorts, private_environment, serving_environment
-from engine import ConfigError, MemoryUse, NanoserveError
+from engine import ConfigError
 
 STOP_SECONDS = 20.0
-ANSWER_SECONDS = 60.0
-SILENCE_SECONDS = 10.0  # how long replicas may wait for their place before we say why
 _POLL_SECONDS = 0.1
 _LONGEST_BASE = 8  # HAProxy's sockets lie deep below it, and their paths may have 97 characters
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about its minimum
 
 
-class StartError(NanoserveError):
-    """The deployment failed for a reason that is no setting's fault."""
-
-
-class Narrator(Protocol):
-    """Who tells the user how far the start is."""
-
-    def say(self, line: str) -> None: ...
-
-    def loading(self, done: int, total: int, num_ready: int, num_replicas: int) -> None: ...
-
-    def doing(self, text: str) -> None: ...
-
-    def memory(self, replicas: Mapping[str, Sequence[MemoryUse]]) -> None: ...
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` unless this process could listen on `host`:`port` now."""
+def check_port(host: str, port: int, setting: str = "--port") -> None:
+    """Raise `ConfigError` unless this process could listen on `host`:`port` now; `setting` chooses another port."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise ConfigError(
             f"Cannot listen on {host}:{port}: {error.strerror}. Stop what uses port {port} "
-            f"(`ss -ltnp 'sport = :{port}'` shows it), or choose another with --port."
+            f"(`ss -ltnp 'sport = :{port}'` shows it), or choose another with {setting}."
         ) from None
 
 
@@ -165,7 +147,8 @@ class Server:
     def _deploy(self) -> None:
         from ray import serve
 
-        from cluster import app, startup
+        from cluster import app
+        from cluster.deployment import Deployment
 
         if app.APPLICATION in serve.status().applications:
             raise ConfigError(
@@ -173,64 +156,11 @@ class Server:
                 f"one. Stop its `nanoserve serve` (or call `serve.delete({app.APPLICATION!r})`), or choose another "
                 "cluster with --address."
             )
-        config = self._config
-        application = app.compose(config)
-        startup.clear_reports()
-        self._narrator.say(f"Starting {config.replicas} x {config.names[0]}, tensor_parallel {config.tensor_parallel}.")
-        with _quiet_serve():
-            serve.start(http_options={"host": self._config.host, "port": self._config.port})
-            self._is_deployed = True  # from here on there may be something of ours to stop
-            serve.run_many(
-                [serve.RunTarget(application, name=app.APPLICATION, route_prefix="/")],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-        self._wait_until_ready(startup.read_reports, lambda: serve.status().applications.get(app.APPLICATION))
-
-    def _wait_until_ready(
-        self, read_reports: Callable[[], dict[str, Any]], find_application: Callable[[], Any]
-    ) -> None:
-        ready_since = None
-        silent_until = time.monotonic() + SILENCE_SECONDS
-        obstacle = ""
-        while True:
-            by_replica = read_reports()
-            reports = by_replica.values()
-            for report in reports:
-                if report.error is not None:
-                    raise report.error
-                if report.doing and report.ready_at is None:
-                    self._narrator.doing(report.doing)
-            num_ready = sum(report.ready_at is not None for report in reports)
-            done, total = sum(report.done for report in reports), sum(report.total for report in reports)
-            self._narrator.loading(done, total, num_ready, self._config.replicas)
-            if num_ready >= self._config.replicas:
-                ready_since = ready_since or time.monotonic()
-                if self._answers():
-                    self._narrator.memory({replica: report.memory for replica, report in by_replica.items()})
-                    return
-                if time.monotonic() - ready_since > ANSWER_SECONDS:
-                    raise StartError(
-                        f"The replicas are ready, but nothing answers at {self.url}. Serve on a cluster that was "
-                        "running before keeps the host and port it was first started with."
-                    )
-            application = find_application()
-            failure = _failure(application)
-            if failure is not None:
-                raise StartError(failure)
-            if len(reports) < self._config.replicas and time.monotonic() > silent_until:
-                last, obstacle = obstacle, _messages(application) or "Waiting for the cluster to place the replicas."
-                if obstacle != last:
-                    self._narrator.say(obstacle)
-            time.sleep(_POLL_SECONDS)
-
-    def _answers(self) -> bool:
-        import httpx
-
-        try:
-            return httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
-        except (httpx.HTTPError, httpx.InvalidURL):
-            return False
+        deployment = Deployment(self._config, self.url, self._narrator)
+        application = app.compose(self._config)
+        self._is_deployed = True  # from here on there may be something of ours to stop
+        deployment.start(application)
+        deployment.wait_until_ready()
 
     def _stop_serve(self) -> None:
         """Answer what is running, then leave.
@@ -242,8 +172,9 @@ class Server:
         from ray import serve
 
         from cluster import app
+        from cluster.deployment import quiet_serve
 
-        with contextlib.suppress(Exception), _quiet_serve():
+        with contextlib.suppress(Exception), quiet_serve():
             if self._is_deployed:
                 serve.delete(app.APPLICATION, _blocking=False)  # blocking, it looks once a second
                 while app.APPLICATION in serve.status().applications:
@@ -263,30 +194,6 @@ def _import_serve_meanwhile() -> None:
             import cluster.app  # noqa: F401
 
     threading.Thread(target=import_serve, daemon=True, name="import of Ray Serve").start()
-
-
-def _failure(application: Any) -> str | None:
-    if application is None or application.status.value not in {"DEPLOY_FAILED", "UNHEALTHY"}:
-        return None
-    return _messages(application) or application.message or f"The application is {application.status.value}."
-
-
-def _messages(application: Any) -> str:
-    """What Serve has to say about the deployments, if anything."""
-    deployments = {} if application is None else application.deployments
-    return "\n".join(deployment.message for deployment in deployments.values() if deployment.message)
-
-
-@contextlib.contextmanager
-def _quiet_serve() -> Iterator[None]:
-    """Serve's own lines would repeat ours in other words."""
-    logger = logging.getLogger("ray.serve")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _free_ports() -> ServePorts:

@@ -56,7 +56,7 @@ class StartDisplay:
             markup=False,
         )
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception | str) -> None:
         """Why there is nothing to use."""
         self.stop()
         self._errors.print(f"nanoserve: {error}", markup=False)
