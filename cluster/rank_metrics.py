@@ -5,18 +5,28 @@ is the one that waits least.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster.metrics import ENGINE_LABELS, PREFIX
-from cluster.rank_meter import RankMeter
+from cluster.rank_meter import RankReading
+
+
+class Meter(Protocol):
+    """What a `RankMeter` is to this module."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def read(self) -> RankReading: ...
 
 
 class RankCollector(Collector):
     """Reads the meters when Prometheus asks. What ranks waited is missing, not zero, where no step measured it."""
 
-    def __init__(self, meters: Sequence[RankMeter], *, model: str, replica: str) -> None:
+    def __init__(self, meters: Sequence[Meter], *, model: str, replica: str) -> None:
         self._meters = meters
         self._labels = [model, replica]
 
