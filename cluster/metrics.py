@@ -29,8 +29,8 @@ from engine import EngineStats, FinishReason, LossWaterfall
 PREFIX = "nanoserve_"
 ENGINE_LABELS = ("model", "replica")
 INGRESS_LABELS = ("model",)
-OBJECTIVE_LABELS = ("objective", "outcome")
 MET, MISSED = "met", "missed"
+CALL_ROUTES = ("/v1/chat/completions", "/v1/completions")
 DEFAULT_OBJECTIVES = ObjectivesConfig()
 
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -224,7 +224,8 @@ class IngressMetrics:
         self._judged = counter(
             "objective_requests_total",
             "Calls that met or missed an objective; failed ones missed all.",
-            *OBJECTIVE_LABELS,
+            "objective",
+            "outcome",
         )
         self._objectives = objectives
         limits = Gauge(
@@ -260,6 +261,9 @@ class IngressMetrics:
             self._replica_events.labels(self._model, event)
         for kind in ("prompt", "generation"):
             self._unanswered.labels(self._model, kind)
+        for route in CALL_ROUTES:
+            for status in (200, 400, 500, 503):
+                self._responses.labels(self._model, route, str(status))
         for reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._success.labels(self._model, reason.value)
 

@@ -7,7 +7,6 @@ names a data source: the variable `datasource` does, so that a dashboard works i
 import json
 from collections.abc import Callable, Mapping
 from itertools import count
-from pathlib import Path
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -22,16 +21,15 @@ from grafana_foundation_sdk.models.dashboard import (
 from dashboards import cluster_dashboard, pipeline_dashboard, serving_dashboard
 from dashboards.catalogue import series_name
 from dashboards.panel import DATASOURCE
+from dashboards.panel_json import NAMES, file_of
 from dashboards.row import Row
 
-DIRECTORY = Path(__file__).parent
 TAG = "nanoserve"
 _SOURCES: Mapping[str, tuple[Callable[[], list[Row]], str]] = {
     "serving": (serving_dashboard.rows, "What clients see: latencies against objectives, goodput, queues, errors."),
     "cluster": (cluster_dashboard.rows, "How load and memory are spread over replicas, and who came, left or hangs."),
     "pipeline": (pipeline_dashboard.rows, "How far from the optimum the replicas are, and what takes the rest."),
 }
-NAMES = tuple(_SOURCES)
 
 
 def text(name: str) -> str:
@@ -65,7 +63,7 @@ def text(name: str) -> str:
 def main() -> None:
     """Write every file."""
     for name in NAMES:
-        (DIRECTORY / f"{name}.json").write_text(text(name))
+        file_of(name).write_text(text(name))
 
 
 def _labels(name: str, title: str, query: str) -> dashboard.QueryVariable:

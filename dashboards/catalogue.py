@@ -54,7 +54,8 @@ def catalogue() -> dict[str, Described]:
 def series_name(name: str) -> str:
     """The whole name of the metric `name`, which has a histogram's suffix if it is one; raises `KeyError` for none."""
     whole = PREFIX + name
-    if metric_of(whole) not in catalogue() or (whole in catalogue() and catalogue()[whole].kind == "histogram"):
+    metric = catalogue().get(metric_of(whole))
+    if metric is None or (metric.kind == "histogram") == (metric.name == whole):
         raise KeyError(f"{whole} is no series of nanoserve (cluster/metrics.py); a histogram's has a suffix.")
     return whole
 

@@ -21,12 +21,12 @@ from dashboards.query import (
     engine_rate,
     ingress,
     ingress_rate,
-    or_zero,
     share,
     total,
 )
 from dashboards.row import Row
 
+_STARTS = "ray_serve_deployment_replica_starts_total"
 _NANOSERVE = 'job="nanoserve"'
 _KV_STEPS = ((None, GOOD), (0.85, WARN), (0.97, BAD))
 
@@ -180,6 +180,7 @@ def _kv_cache() -> list[Any]:
             Query(engine("kv_cache_usage_ratio"), "{{replica}}"),
             steps=_KV_STEPS,
             maximum=1,
+            span=6,
         ),
         graph(
             "KV blocks of all replicas",
@@ -189,6 +190,7 @@ def _kv_cache() -> list[Any]:
             Query(total(engine("kv_blocks_cached")), "prefix"),
             Query(f"{total(engine('kv_blocks_free'))} - {total(engine('kv_blocks_cached'))}", "empty"),
             stacked=True,
+            span=6,
         ),
         graph(
             "Prefix hits by replica",
@@ -202,6 +204,7 @@ def _kv_cache() -> list[Any]:
                 "{{replica}}",
             ),
             maximum=1,
+            span=6,
         ),
         graph(
             "Preemptions",
@@ -209,11 +212,13 @@ def _kv_cache() -> list[Any]:
             "ops",
             Query(engine_rate("num_preemptions_total", by="replica"), "{{replica}}"),
             steps=((None, CALM), (0.1, BAD)),
+            span=6,
         ),
     ]
 
 
 def _life() -> list[Any]:
+    started = f"{_STARTS} unless {_STARTS} offset 5m"  # a counter of its own, at 1, for every replica
     return [
         graph(
             "Replicas ready",
@@ -248,13 +253,10 @@ def _life() -> list[Any]:
             Query('sum(up{job="ray"})', "ray"),
         ),
         graph(
-            "Restarts, as Serve counts them",
+            "Starts, as Serve counts them",
             "Replica and ingress processes that Ray Serve started in the last five minutes.",
             "short",
-            Query(
-                or_zero("sum by (deployment) (increase(ray_serve_deployment_replica_starts_total[5m]))"),
-                "{{deployment}}",
-            ),
+            Query(f"count by (deployment) ({started}) or 0 * count by (deployment) ({_STARTS})", "{{deployment}}"),
         ),
     ]
 

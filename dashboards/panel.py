@@ -36,6 +36,7 @@ Steps = tuple[tuple[float | None, str], ...]
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="$datasource")
 _HEIGHT = 8
 _STAT_HEIGHT = 4
+_TABLE_HEIGHT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def table(
     title: str, description: str, key: str, key_title: str, columns: Sequence[Column], *, span: int = 24
 ) -> tables.Panel:
     """A table with a row for every value of the label `key`, as it is now."""
-    panel = tables.Panel().height(_HEIGHT)
+    panel = tables.Panel().height(_TABLE_HEIGHT)
     _describe(panel, title, description, "short", NEUTRAL, span)
     renamed = {key: key_title}
     for letter, column in zip(_letters(len(columns)), columns, strict=True):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NAMES = ("serving", "cluster", "pipeline")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -39,9 +41,14 @@ class Panel:
         return [(step["value"], step["color"]) for step in self.defaults["thresholds"]["steps"]]
 
 
-def load(path: Path) -> Any:
-    """A dashboard."""
-    return json.loads(path.read_text())
+def file_of(name: str) -> Path:
+    """Where the dashboard's JSON is."""
+    return Path(__file__).with_name(f"{name}.json")
+
+
+def load(name: str) -> Any:
+    """The dashboard, as Grafana reads it."""
+    return json.loads(file_of(name).read_text())
 
 
 def panels(dashboard: Any) -> Iterator[Panel]:

@@ -62,7 +62,7 @@ def _now() -> list[Any]:
 
 def _losses() -> list[Any]:
     whole = f"scalar({engine_rate('accounted_seconds_total')})"
-    ideal = Query(f"{engine_rate('ideal_seconds_total')} / {whole}", "optimum for these tokens")
+    useful = f"({engine_rate('ideal_seconds_total')} - {engine_rate('skipped_head_seconds_total')}) / {whole}"
     by_loss = f"{engine_rate('loss_seconds_total', by='loss')} / {whole} > 0"
     busy = share(
         engine_rate("engine_busy_seconds_total", by="replica"), engine_rate("engine_uptime_seconds_total", by="replica")
@@ -71,10 +71,10 @@ def _losses() -> list[Any]:
     return [
         graph(
             "Loss waterfall",
-            "Every second of the replicas: what the useful tokens would take at the optimum, and what took the rest. "
-            "It adds up to 1; up to the output head that prompt tokens skip, which is a gain.",
+            "Every second of the replicas: what the useful tokens would take at the optimum (less the output head, "
+            "which prompt tokens skip), and what took the rest. It adds up to 100 %.",
             "percentunit",
-            ideal,
+            Query(useful, "useful, at the optimum"),
             Query(by_loss, "{{loss}}"),
             span=16,
             stacked=True,
@@ -104,11 +104,10 @@ def _losses() -> list[Any]:
         graph(
             "Tokens in vain",
             "Tokens per second that nobody gets: discarded (after an end of sequence, or computed again after a "
-            "preemption), padding rows, and the output head's work that prompt tokens skip, as seconds per second.",
-            "short",
+            "preemption), and rows computed to fill a batch.",
+            "suffix: tok/s",
             Query(engine_rate("engine_discarded_tokens_total"), "discarded"),
             Query(engine_rate("engine_padding_tokens_total"), "padding"),
-            Query(engine_rate("skipped_head_seconds_total"), "head skipped (s/s)"),
         ),
     ]
 
