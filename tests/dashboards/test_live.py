@@ -149,7 +149,7 @@ def test_a_replica_that_dies_is_replaced_on_the_lists_too(loaded: Live) -> None:
     before = set(loaded.server.targets("replica"))
     lost = 'sum(nanoserve_replica_events_total{event="lost"})'
     assert loaded.value(lost) == 0
-    os.kill(loaded.server.named("ServeReplica:nanoserve:Replica")[0], signal.SIGKILL)
+    os.kill(loaded.head.processes("ray::ServeReplica:nanoserve:Replica")[0], signal.SIGKILL)
     until(lambda: len(before & set(loaded.prometheus.targets("nanoserve"))) == 1, 30, "the dead one to be forgotten")
     until(lambda: loaded.value(lost) == 1, 30, "the loss to be counted")
 
