@@ -1,5 +1,6 @@
 """Every metric that nanoserve exports, as its own collectors describe it: names, kinds, labels and help for dashboards,
-documentation and tests, so that none of these can speak of a metric that does not exist.
+documentation and tests, so that none of these can speak of a metric that does not exist. Run as a program, it prints the
+table of docs/observe.md.
 """
 
 import os
@@ -98,3 +99,12 @@ def _described(registry: CollectorRegistry, process: str) -> list[Described]:
         labels = tuple(label for label in family.samples[0].labels if label != "le")
         found.append(Described(name=name, kind=family.type, labels=labels, help=family.documentation, process=process))
     return found
+
+
+def row(metric: Described) -> str:
+    """Of the table of docs/observe.md."""
+    return f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(map(row, catalogue().values())))

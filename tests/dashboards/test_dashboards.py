@@ -9,7 +9,7 @@ import yaml
 
 from cluster.metrics import PREFIX
 from dashboards.build import text
-from dashboards.catalogue import catalogue, metric_of, series_name
+from dashboards.catalogue import catalogue, metric_of, row, series_name
 from dashboards.panel_json import NAMES, Panel, file_of, filled_in, load, panels
 from dashboards.render import ALL
 
@@ -107,8 +107,7 @@ def test_alerts_ask_for_metrics_that_exist_and_say_what_to_do() -> None:
 def test_the_documents_list_every_metric_and_every_alert() -> None:
     observe = (ROOT / "docs/observe.md").read_text()
     for metric in catalogue().values():
-        labels = ", ".join(metric.labels)
-        assert f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |" in observe, metric.name
+        assert f"{row(metric)}\n" in observe, f"`python -m dashboards.catalogue` prints the table; {metric.name}"
     listed = re.findall(rf"^\| `({PREFIX}\w+)`", observe, re.MULTILINE)
     assert listed == list(catalogue())
     groups = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"]
