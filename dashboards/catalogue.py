@@ -1,6 +1,6 @@
 """Every metric that nanoserve exports, as its own collectors describe it: names, kinds, labels and help for dashboards,
-documentation and tests, so that none of these can speak of a metric that does not exist. Run as a program, it prints the
-table of docs/observe.md.
+documentation and tests, so that none of these can speak of a metric that does not exist. Run as a program, it prints
+the table of docs/observe.md.
 """
 
 import os

@@ -16,8 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from dashboards.panel_json import Panel
 from dashboards.units import formatted
 
-PALETTE = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0", "#508642", "#cca300")
-PALETTE += ("#447ebc", "#c15c17", "#890f02", "#0a437c", "#6d1f62", "#584477")
+PALETTE = [
+    *("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0"),
+    *("#508642", "#cca300", "#447ebc", "#c15c17", "#890f02", "#0a437c", "#6d1f62", "#584477"),
+]
 NAMED = {"green": "#3f9142", "orange": "#f2871b", "red": "#d43b3b", "blue": "#3b78c2"}
 TEXT, QUIET, GRID = "#24292e", "#6a737d", "#e1e4e8"
 _LEGEND_ROWS = 3
@@ -192,10 +194,11 @@ def _table(panel: Panel, area: Axes, lines: Sequence[Line], window: tuple[float,
     area.set_ylim(0, 1)
 
 
-def _aligned(line: Line, times: np.ndarray) -> np.ndarray:
+def _aligned(line: Line, times: np.ndarray) -> list[float]:
     """The values at `times`, 0 where the series has none."""
     values = dict(zip(line.times, line.values, strict=True))
-    return np.nan_to_num(np.array([values.get(time, 0.0) for time in times]))
+    found = [values.get(time, 0.0) for time in times.tolist()]
+    return [value if math.isfinite(value) else 0.0 for value in found]
 
 
 def _legend_columns(names: Sequence[str], width: int) -> int:

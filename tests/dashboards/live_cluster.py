@@ -73,6 +73,22 @@ class RayHead:
                     found.append(int(entry.name))
         return found
 
+    def redeploy(self, recipe: Path, changes: dict[str, Any]) -> None:
+        """Put another version of the application in the place of what runs; returns when Serve has been told."""
+        program = f"""
+import ray
+from ray import serve
+from cluster import app
+ray.init({self.address!r}, namespace="nanoserve", log_to_driver=False)
+config = {{"recipe": {str(recipe)!r}}} | {changes!r}
+serve.run_many([serve.RunTarget(app.build(config), name=app.APPLICATION)], wait_for_applications_running=False)
+"""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        outcome = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=inherited | self.variables, capture_output=True, text=True
+        )
+        assert outcome.returncode == 0, outcome.stderr
+
     def close(self) -> None:
         """End it and everything it started."""
         self.process.terminate()
