@@ -6,7 +6,8 @@ Prometheus. Where vLLM has an established metric the same suffix is used, after 
 Two counts of tokens, on purpose. `nanoserve_prompt_tokens_total` and `nanoserve_generation_tokens_total` are counted
 by the ingress when a call ends well, from the `usage` of its answer: they equal exactly what clients were told, stop
 strings included. Calls that ended otherwise (a disconnect, an error) add to `nanoserve_unanswered_tokens_total`.
-`nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those.
+`nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those. What each rank did
+is in `cluster.rank_metrics`, memory in `cluster.memory_metrics`.
 
 Percent of the optimum over any range is the rate of `nanoserve_ideal_seconds_total` divided by that of
 `nanoserve_accounted_seconds_total`; the losses explain the rest, and `nanoserve_skipped_head_seconds_total` is how much

@@ -116,7 +116,7 @@ def _throughput() -> list[Any]:
         ),
         graph(
             "Within objectives",
-            "Share of the calls within each objective. The dashed lines are where TTFTBudgetBurn begins to count.",
+            "Share of the calls within each objective; the dashed lines are 90 % and 99 %. The alerts' budget is 1 %.",
             "percentunit",
             Query(
                 share(

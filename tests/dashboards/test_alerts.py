@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+TESTS = ("alerts_test.yml", "alerts_budget_test.yml")
 pytestmark = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="needs promtool (Debian: apt install prometheus)"
 )
@@ -23,10 +24,10 @@ def test_the_configuration_is_valid() -> None:
 
 
 def test_rules_are_valid_and_fire_when_they_should() -> None:
-    for arguments in (("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")):
+    for arguments in (("check", "rules", "alerts.yml"), ("test", "rules", *TESTS)):
         outcome = promtool(*arguments)
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    tests = (DEPLOY / "alerts_test.yml").read_text()
+    tests = "".join((DEPLOY / test).read_text() for test in TESTS)
     for line in (DEPLOY / "alerts.yml").read_text().splitlines():
         if "- alert:" in line:
             assert f'alertname="{line.split()[-1]}"' in tests, f"{line.split()[-1]} has no test"
