@@ -1,8 +1,8 @@
 """What `/metrics/targets` answers: every process of the cluster that has metrics, as Prometheus's HTTP service
 discovery reads it (a list of `targets` with the `labels` they share).
 
-HAProxy's own page is on every node that has an ingress; where `cluster.haproxy` bound it to loopback, the nodes have
-no other address than loopback.
+HAProxy's own page is on every node that has an ingress, on the address that the node has in its cluster: Serve binds it
+to all, `cluster.haproxy` to this one.
 """
 
 import os

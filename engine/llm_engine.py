@@ -150,7 +150,7 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine; cheap enough for every step."""
-        scheduler, steps = self._scheduler, self._steps
+        scheduler, steps, progress_at = self._scheduler, self._steps, self._progress_at  # of one moment: threads read
         losses = LossTotals() if self._ledger is None else self._ledger.totals(time.monotonic())
         return EngineStats(
             num_running=scheduler.num_running,
@@ -179,7 +179,7 @@ class LLMEngine:
             schedule_seconds=self._schedule_seconds,
             busy_seconds=self._busy_until_now(),
             queue_seconds=self._queue_seconds,
-            seconds_since_step=0.0 if self._progress_at is None else time.monotonic() - self._progress_at,
+            seconds_since_step=0.0 if progress_at is None else time.monotonic() - progress_at,
             accounted_seconds=losses.accounted_seconds,
             ideal_seconds=losses.ideal_seconds,
             skipped_head_seconds=losses.skipped_head_seconds,
