@@ -30,7 +30,7 @@ class CallMetrics:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            self._metrics.time_to_first_token.observe(now - self._started)
+            self._metrics.first_token_came(now - self._started)
         else:
             self._metrics.inter_token_latency.observe(now - self._last)
         self._last = now
@@ -46,11 +46,19 @@ class CallMetrics:
         self._metrics.answered(usage.num_prompt_tokens, usage.num_completion_tokens)
         self._metrics.request_latency.observe(time.monotonic() - self._started)
         later_tokens = usage.num_completion_tokens - max(1, len(self._call.requests))
+        per_token = 0.0
         if self._first is not None and later_tokens > 0:
             each = later_tokens / len(self._call.requests)
-            self._metrics.time_per_output_token.observe((self._last - self._first) / each)
+            per_token = (self._last - self._first) / each
+            self._metrics.time_per_output_token.observe(per_token)
+        if self._call.requests:
+            self._metrics.judged((self._first or self._started) - self._started, per_token)
         for reason in self._reasons:
             self._metrics.finished(reason)
+
+    def failed(self) -> None:
+        """The server gave up on the call; that its client left, or asked for what cannot be, is not this."""
+        self._metrics.failed(has_begun=self._first is not None)
 
     def close(self) -> None:
         """The call is over, well or not. Idempotent."""

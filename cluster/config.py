@@ -45,6 +45,15 @@ class RoutingConfig(BaseModel):
     expected_output_tokens: Count = 128  # until enough requests have finished to know better
 
 
+class ObjectivesConfig(BaseModel):
+    """What an answer has to keep to count as good, in seconds; by default MLPerf's limits for a Llama 2 70B server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    time_to_first_token: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    time_per_output_token: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+
+
 class ServingConfig(BaseModel):
     """A served model. A recipe has exactly these keys; relative model paths start at the recipe's directory."""
 
@@ -81,6 +90,7 @@ class ServingConfig(BaseModel):
     default_max_tokens: Count = 1024
     max_body: ByteSize = 10_000_000
     routing: RoutingConfig = RoutingConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()  # for metrics and alerts: goodput, answers within objectives
 
     @classmethod
     def load(cls, source: Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -149,6 +159,9 @@ class ServingConfig(BaseModel):
         )
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"routing": RoutingConfig, "objectives": ObjectivesConfig}
+
+
 def ray_address(flag: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
     """The running cluster to join: the flag, else RAY_ADDRESS; None, also for "local", means one of our own."""
     address = flag or environment.get(RAY_ADDRESS_VARIABLE) or None
@@ -159,7 +172,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"] if part != "function-before[parse_bytes(), int]")
     if problem["type"] == "extra_forbidden":
-        known = list((RoutingConfig if "." in key else ServingConfig).model_fields)
+        section = _SECTIONS.get(key.split(".")[0], ServingConfig) if "." in key else ServingConfig
+        known = list(section.model_fields)
         close = difflib.get_close_matches(key.rsplit(".")[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}."
         return f"unknown key {key!r}; {hint}"

@@ -9,6 +9,7 @@ that leaves the cores to the engine. When a replica is lost, every request open 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from cluster.replica_stream import ReplicaStream, ReplicaTransport
 from cluster.routing_policy import RoutingPolicy
@@ -19,6 +20,14 @@ from engine import EngineDeadError, FinishReason, NanoserveError, Request, Reque
 
 class NoReplicaError(NanoserveError):
     """No replica is ready to take requests now."""
+
+
+class ReplicaEvent(StrEnum):
+    """What became of a replica, as an ingress sees it; the values are labels of a metric."""
+
+    JOINED = "joined"  # it can be sent requests
+    LOST = "lost"  # it died, or the way to it did
+    LEFT = "left"  # Serve took it out of service, as when scaling down
 
 
 @dataclass(slots=True)
@@ -37,12 +46,14 @@ class Dispatcher:
         metrics: MetricsTarget,
         on_routed: Callable[[str, int], None] = lambda replica_id, cached_tokens: None,
         pace: WritePace | None = None,
+        on_replica: Callable[[ReplicaEvent], None] = lambda event: None,
     ) -> None:
         self._policy = policy
         self._connect = connect
         self._metrics = metrics
         self._on_routed = on_routed
         self._pace = pace or WritePace()
+        self._on_replica = on_replica
         self._streams: dict[str, ReplicaStream] = {}
         self._draining: dict[str, ReplicaStream] = {}
         self._open: dict[RequestId, _OpenRequest] = {}
@@ -94,7 +105,7 @@ class Dispatcher:
             stream = ReplicaStream(replica_id, self._connect(replica_id), self, self._metrics.process_id, self._metrics)
             self._streams[replica_id] = stream
         for replica_id in self._streams.keys() - replica_ids:
-            self._forget(replica_id)
+            self._forget(replica_id, ReplicaEvent.LEFT)
             self._draining[replica_id] = self._streams.pop(replica_id)
             self._close_if_drained(replica_id)
 
@@ -113,6 +124,7 @@ class Dispatcher:
             return
         self._targets[hello.replica_id] = hello.metrics
         self._policy.add_replica(hello.replica_id, capacity_tokens=hello.capacity_tokens, block_size=hello.block_size)
+        self._on_replica(ReplicaEvent.JOINED)
 
     def on_message(self, replica_id: str, message: StepMessage) -> None:
         """What one step produced, for all calls."""
@@ -142,8 +154,8 @@ class Dispatcher:
             ended.call.fail(error)
 
     def on_lost(self, replica_id: str, error: EngineDeadError) -> None:
-        """A replica, or the way to it, is gone."""
-        self._forget(replica_id)
+        """A replica, or the way to it, is gone; also told of every attempt to reach it again."""
+        self._forget(replica_id, ReplicaEvent.LOST)
         for request_id in [key for key, value in self._open.items() if value.replica_id == replica_id]:
             self._on_lost_request(request_id, error)
         self._close_if_drained(replica_id)
@@ -168,7 +180,9 @@ class Dispatcher:
             self._close_if_drained(open_request.replica_id)
         return open_request
 
-    def _forget(self, replica_id: str) -> None:
+    def _forget(self, replica_id: str, event: ReplicaEvent) -> None:
+        if replica_id in self._policy.replica_ids:
+            self._on_replica(event)
         self._policy.remove_replica(replica_id)
         self._targets.pop(replica_id, None)
         self._ingresses_of.pop(replica_id, None)

@@ -1,10 +1,10 @@
-"""Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py ERROR_FILE BINARY ARGUMENTS...`.
+"""Stands in for the HAProxy that Ray Serve runs, and becomes it: `haproxy.py ERROR_FILE ADDRESS BINARY ARGUMENTS...`.
 
 What has no setting in Serve 2.60 is mended between Serve's start of the program and the program's own. It binds
-HAProxy's stats and metrics pages, which ask nobody who they are, to every interface; it answers 500 in plain text
-while no ingress lives; it splices requests, with which HAProxy 2.8.25 overlooks every second client that leaves before
-its answer; and where Serve is killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard
-library only.
+HAProxy's stats and metrics pages, which ask nobody who they are, to every interface (here the first is on loopback and
+the second, like all our metrics, on the node's address in its cluster); it answers 500 in plain text while no ingress
+lives; it splices requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; and
+where Serve is killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
 """
 
 import ctypes
@@ -15,11 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
+LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 
 
-def write_wrapper(directory: Path, binary: str) -> Path:
-    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH."""
+def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path:
+    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH, on a node with this `address` in its cluster."""
     from cluster.api_error import ApiError
 
     error = ApiError.unavailable("No process is there to take the request. Please try again.", 2.0)
@@ -33,27 +34,31 @@ def write_wrapper(directory: Path, binary: str) -> Path:
     answer.write_bytes("\r\n".join([*lines, "", ""]).encode() + error.body())
     script = directory / "haproxy"
     program = str(Path(__file__).resolve())
-    command = shlex.join([sys.executable, "-I", "-S", program, str(answer), binary])
+    command = shlex.join([sys.executable, "-I", "-S", program, str(answer), address, binary])
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
 
 
-def mend(configuration: str, error_file: str) -> str:
-    """Every `bind` to no host (`*:8404`, `:9101`) moved to loopback, error pages replaced, no splicing.
+def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:
+    """Every `bind` to no host (`*:8404`) moved to loopback, that of metrics to `address`; error pages replaced, no
+    splicing.
 
     The API's own `bind` names its host, also where that is 0.0.0.0, and stays.
     """
     narrow = re.sub(r"^(\s*bind )\*?:(?=\d)", r"\g<1>127.0.0.1:", configuration, flags=re.MULTILINE)
+    narrow = re.sub(
+        rf"^(frontend prometheus\n\s*bind ){re.escape(LOOPBACK)}:", rf"\g<1>{address}:", narrow, flags=re.MULTILINE
+    )
     unspliced = re.sub(r"^\s*option splice-\w+\n", "", narrow, flags=re.MULTILINE)
     return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", unspliced, flags=re.MULTILINE)
 
 
 def main() -> None:
     """Mend the configuration file among the arguments, die with the parent from now on, become HAProxy."""
-    error_file, binary, *arguments = sys.argv[1:]
+    error_file, address, binary, *arguments = sys.argv[1:]
     file = Path(arguments[arguments.index("-f") + 1])
-    file.write_text(mend(file.read_text(), error_file))
+    file.write_text(mend(file.read_text(), error_file, address))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     os.execv(binary, [binary, *arguments])
 

@@ -22,7 +22,8 @@ from cluster.api_call import ApiCall, open_chat, open_completion
 from cluster.api_error import ApiError
 from cluster.call_metrics import CallMetrics
 from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
-from cluster.metrics import IngressMetrics
+from cluster.metrics import CALL_ROUTES, IngressMetrics
+from cluster.metrics_discovery import target_groups
 from cluster.reply import KEEP_ALIVE_FRAME
 from cluster.response_count import ResponseCount
 from cluster.served_model import ServedModel, find_model, model_card, model_list
@@ -87,6 +88,7 @@ class CallResponse(Response):
             answer = ApiError.of(error)
             if answer.status >= 500:
                 logger.warning("Call %s failed: %r", self._call.response_id, error)
+                self._metrics.failed()
             if self._has_begun:
                 await self._write(send, answer.frame(), is_last=True)
             else:
@@ -147,11 +149,13 @@ def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> Fas
     app.add_middleware(ResponseCount, metrics=ingress.metrics)
     _add_error_handlers(app, ingress.metrics)
 
-    @app.post("/v1/chat/completions")
+    chat_route, completion_route = CALL_ROUTES
+
+    @app.post(chat_route)
     async def chat_completions(http: Request) -> Response:
         return await ingress.answer(http, open_chat)
 
-    @app.post("/v1/completions")
+    @app.post(completion_route)
     async def completions(http: Request) -> Response:
         return await ingress.answer(http, open_completion)
 
@@ -176,10 +180,7 @@ def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> Fas
 
     @app.get("/metrics/targets")
     async def metrics_targets() -> Response:
-        targets = ingress.dispatcher.metrics_targets
-        return _json(
-            [{"targets": [target.address], "labels": {"nanoserve_process": target.kind}} for target in targets]
-        )
+        return _json(target_groups(ingress.dispatcher.metrics_targets))
 
     return app
 

@@ -36,7 +36,7 @@ class IngressProcess:
         name = config.names[0]
         registry = CollectorRegistry()
         self._endpoint = MetricsEndpoint(registry, node_address())
-        metrics = IngressMetrics(registry, name)
+        metrics = IngressMetrics(registry, name, config.objectives)
         policy = RoutingPolicy(
             prefix_affinity=config.routing.prefix_affinity and config.prefix_caching,
             expected_output_tokens=config.routing.expected_output_tokens,
@@ -48,6 +48,7 @@ class IngressProcess:
             lambda replica_id: ServeTransport(handle, replica_id),
             MetricsTarget("ingress", ingress_id, self._endpoint.address),
             metrics.routed,
+            metrics.replica_changed,
         )
         ReplicaBoard.named(board).listen(self._dispatcher.set_replicas)
         model = ServedModel(

@@ -6,7 +6,8 @@ Prometheus. Where vLLM has an established metric the same suffix is used, after 
 Two counts of tokens, on purpose. `nanoserve_prompt_tokens_total` and `nanoserve_generation_tokens_total` are counted
 by the ingress when a call ends well, from the `usage` of its answer: they equal exactly what clients were told, stop
 strings included. Calls that ended otherwise (a disconnect, an error) add to `nanoserve_unanswered_tokens_total`.
-`nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those.
+`nanoserve_engine_*` is what the engine computed, as it computes it: throughput is read from those. What each rank did
+is in `cluster.rank_metrics`, memory in `cluster.memory_metrics`.
 
 Percent of the optimum over any range is the rate of `nanoserve_ideal_seconds_total` divided by that of
 `nanoserve_accounted_seconds_total`; the losses explain the rest, and `nanoserve_skipped_head_seconds_total` is how much
@@ -17,16 +18,21 @@ device time (`TIMES_METRICS`) where no step measured them, as on GPUs.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine import EngineStats, LossWaterfall
+from cluster.config import ObjectivesConfig
+from engine import EngineStats, FinishReason, LossWaterfall
 
 PREFIX = "nanoserve_"
 ENGINE_LABELS = ("model", "replica")
 INGRESS_LABELS = ("model",)
+MET, MISSED = "met", "missed"
+CALL_ROUTES = ("/v1/chat/completions", "/v1/completions")
+DEFAULT_OBJECTIVES = ObjectivesConfig()
 
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
@@ -82,6 +88,11 @@ ENGINE_METRICS = (
     EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
     EngineMetric(
         "request_queue_seconds_total", "Time requests waited before their first step.", lambda s: s.queue_seconds, True
+    ),
+    EngineMetric(
+        "engine_seconds_since_step",
+        "How long requests have been open without the end of a step; 0 without requests.",
+        lambda stats: stats.seconds_since_step,
     ),
 )
 TIMES_METRICS = (
@@ -183,10 +194,20 @@ class EngineCollector(Collector):
         return family
 
 
+class Objective(StrEnum):
+    """What an answer is judged by. Goodput is what meets ALL, which no failed call does."""
+
+    FIRST_TOKEN = "time_to_first_token"
+    OUTPUT_TOKEN = "time_per_output_token"
+    ALL = "all"
+
+
 class IngressMetrics:
     """What one ingress process counts and times."""
 
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, model: str, objectives: ObjectivesConfig = DEFAULT_OBJECTIVES
+    ) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, [*INGRESS_LABELS, *labels], registry=registry)
 
@@ -200,12 +221,25 @@ class IngressMetrics:
         self._success = counter("request_success_total", "Requests answered to their end.", "finished_reason")
         self._unanswered = counter("unanswered_tokens_total", "Tokens of calls without an answer.", "kind")
         self._decisions = counter("routing_decisions_total", "Requests sent to each replica.", "replica")
+        self._replica_events = counter("replica_events_total", "Replicas that joined, were lost or left.", "event")
+        self._judged = counter(
+            "objective_requests_total",
+            "Calls that met or missed an objective; failed ones missed all.",
+            "objective",
+            "outcome",
+        )
+        self._objectives = objectives
+        limits = Gauge(
+            PREFIX + "objective_seconds", "What an objective allows.", [*INGRESS_LABELS, "objective"], registry=registry
+        )
+        limits.labels(model, Objective.FIRST_TOKEN).set(objectives.time_to_first_token)
+        limits.labels(model, Objective.OUTPUT_TOKEN).set(objectives.time_per_output_token)
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens in `usage`.").labels(model)
         self._generation_tokens = counter("generation_tokens_total", "Completion tokens in `usage`.").labels(model)
         self._affinity_tokens = counter(
             "routing_prefix_tokens_total", "Prompt tokens that routing expected to be cached where it sent them."
         ).labels(model)
-        self.time_to_first_token = histogram(
+        self._time_to_first_token = histogram(
             "time_to_first_token_seconds", "From the request's last byte to its first token.", FIRST_TOKEN_BUCKETS
         )
         self.inter_token_latency = histogram(
@@ -217,6 +251,46 @@ class IngressMetrics:
         self.request_latency = histogram(
             "e2e_request_latency_seconds", "From a request's last byte to its last token.", LATENCY_BUCKETS
         )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Series whose labels are known: a rate needs a zero to begin at, or the first event is lost."""
+        for objective in Objective:
+            for outcome in (MET, MISSED):
+                self._judged.labels(self._model, objective, outcome)
+        for event in ("joined", "lost", "left"):
+            self._replica_events.labels(self._model, event)
+        for kind in ("prompt", "generation"):
+            self._unanswered.labels(self._model, kind)
+        for route in CALL_ROUTES:
+            for status in (200, 400, 500, 503):
+                self._responses.labels(self._model, route, str(status))
+        for reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._success.labels(self._model, reason.value)
+
+    def first_token_came(self, seconds: float) -> None:
+        """The first token of a call, `seconds` after its body."""
+        self._time_to_first_token.observe(seconds)
+        self._judge(Objective.FIRST_TOKEN, seconds <= self._objectives.time_to_first_token)
+
+    def judged(self, first_token_seconds: float, per_token_seconds: float) -> None:
+        """A call was answered, this fast."""
+        is_smooth = per_token_seconds <= self._objectives.time_per_output_token
+        self._judge(Objective.OUTPUT_TOKEN, is_smooth)
+        self._judge(Objective.ALL, is_smooth and first_token_seconds <= self._objectives.time_to_first_token)
+
+    def failed(self, *, has_begun: bool) -> None:
+        """A call was given up by the server, after its first token or before."""
+        self._judge(Objective.ALL, False)
+        if not has_begun:
+            self._judge(Objective.FIRST_TOKEN, False)
+
+    def replica_changed(self, event: str) -> None:
+        """A replica came or went; see `cluster.dispatcher.ReplicaEvent`."""
+        self._replica_events.labels(self._model, event).inc()
+
+    def _judge(self, objective: "Objective", is_met: bool) -> None:
+        self._judged.labels(self._model, objective, MET if is_met else MISSED).inc()
 
     def responded(self, route: str, status: int) -> None:
         """An HTTP answer was begun; `route` is the path's pattern, never a client's text."""
@@ -250,15 +324,17 @@ class RouterCollector(Collector):
         self._model = model
 
     def collect(self) -> Iterator[Metric]:
-        """Requests this ingress has open on each replica, and the work it predicts there."""
+        """How many replicas there are, requests this ingress has open on each, and the work it predicts there."""
         labels = [*INGRESS_LABELS, "replica"]
+        loads = self._read()
+        ready = GaugeMetricFamily(PREFIX + "replicas_ready", "Replicas that take requests.", labels=INGRESS_LABELS)
+        ready.add_metric([self._model], len(loads))
         requests = GaugeMetricFamily(PREFIX + "routed_requests", "Requests open, by replica.", labels=labels)
         work = GaugeMetricFamily(PREFIX + "predicted_work_tokens", "Work predicted, by replica.", labels=labels)
-        for replica, (num_requests, tokens) in self._read().items():
+        for replica, (num_requests, tokens) in loads.items():
             requests.add_metric([self._model, replica], num_requests)
             work.add_metric([self._model, replica], tokens)
-        yield requests
-        yield work
+        yield from (ready, requests, work)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, for the same reason as `EngineCollector`."""

@@ -8,8 +8,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
+from cluster.rank_meter import RankMeter
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankSocket, Stop
 from engine import Batch, DeviceKind, EngineConfig, EngineDeadError, NanoserveError, StepOutput
 
@@ -37,7 +39,7 @@ class Rank:
             _yield_to_servants()
         engine = RankSocket(socket_path)
         engine.send(Hello(rank, os.getpid()))
-        steps = RankSteps(engine, rank)
+        steps = RankSteps(engine, rank, RankMeter.create(Path(socket_path).parent, rank))
         try:
             from engine.worker import Worker
 
@@ -57,21 +59,22 @@ class Rank:
 class RankSteps:
     """The steps of one rank, from its socket and back to it. `last` is the number of the one begun last."""
 
-    def __init__(self, engine: RankSocket, rank: int) -> None:
+    def __init__(self, engine: RankSocket, rank: int, meter: RankMeter | None = None) -> None:
         self._engine = engine
         self._rank = rank
+        self._meter = meter
         self.last: int | None = None
 
     def run(self, execute: Callable[[Batch], LaunchedStep], *, launches_ahead: bool) -> None:
         """Until told to stop. With `launches_ahead` a step is launched while the one before it is still computed."""
-        completion = _Completion(self._engine, self._rank) if launches_ahead else None
+        completion = _Completion(self._engine, self._rank, self._meter) if launches_ahead else None
         while not isinstance(command := self._engine.receive(), Stop):
             self.last = command.step
             launched = execute(command)
             if completion is not None:
                 completion.add(command.step, launched)
             else:
-                _finish(self._engine, self._rank, launched)
+                _finish(self._engine, self._rank, launched, self._meter)
         if completion is not None:
             completion.close()
 
@@ -79,9 +82,10 @@ class RankSteps:
 class _Completion:
     """Waits for launched steps in order, on a thread of its own."""
 
-    def __init__(self, engine: RankSocket, rank: int) -> None:
+    def __init__(self, engine: RankSocket, rank: int, meter: RankMeter | None) -> None:
         self._engine = engine
         self._rank = rank
+        self._meter = meter
         self._pending: queue.SimpleQueue[tuple[int, LaunchedStep] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step results", daemon=True)
         self._thread.start()
@@ -98,16 +102,18 @@ class _Completion:
         try:
             while (item := self._pending.get()) is not None:
                 step = item[0]
-                _finish(self._engine, self._rank, item[1])
+                _finish(self._engine, self._rank, item[1], self._meter)
         except OSError:
             return
         except Exception as error:
             self._engine.send(Failed(_explain(self._rank, step, error)))
 
 
-def _finish(engine: RankSocket, rank: int, pending: LaunchedStep) -> None:
+def _finish(engine: RankSocket, rank: int, pending: LaunchedStep, meter: RankMeter | None) -> None:
     """Every rank draws the same tokens; rank 0 tells the engine."""
     output = pending.wait()
+    if meter is not None:
+        meter.finished(output)
     if rank == 0:
         engine.send(output)
 

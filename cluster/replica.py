@@ -21,6 +21,7 @@ from cluster.loopback import bind_replica_server_to_node, node_address
 from cluster.memory_metrics import MemoryCollector
 from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
+from cluster.rank_metrics import RankCollector
 from cluster.router import TARGET
 from cluster.startup import StartupReport
 from cluster.step_door import Invitation, StepDoor
@@ -63,6 +64,7 @@ class Replica:
                 recent=self._host.recent_losses,
             )
         )
+        registry.register(RankCollector(group.meters, model=config.names[0], replica=self.replica_id))
         own = meter.use("replica", os.getpid(), {MemoryPart.CONTROL: meter.grown()})
         memory = (*([own] if own else []), *group.memory)
         registry.register(MemoryCollector(memory, model=config.names[0], replica=self.replica_id))

@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.rank import Rank
+from cluster.rank_meter import RankMeter
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankLink, Report, Stop, encode
 from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, MemoryUse, NanoserveError, StepOutput
 
@@ -34,8 +35,8 @@ _ECHO = "Another rank of the group"  # so begin errors of ranks that only hear o
 class WorkerGroup:
     """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank.
 
-    While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. `memory` has what
-    each rank's process holds, once started.
+    While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. Once started,
+    `memory` has what each rank's process holds, and `meters` what it has done.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class WorkerGroup:
         self._collapse: asyncio.Task[None] | None = None
         self.pids: dict[int, int] = {}
         self.memory: list[MemoryUse] = []
+        self.meters: list[RankMeter] = []
         self.death: EngineDeadError | None = None
 
     def start(self) -> CacheCapacity:
@@ -87,6 +89,7 @@ class WorkerGroup:
                 self._runs.append(actor.run.remote(self._config, rank, path, rendezvous))
             start = _Start(listener, self._runs, self._progress, self._tell)
             capacity = start.wait(self._connections, self._links, self.pids)
+        self.meters = [RankMeter.open(directory, rank) for rank in range(len(self._rank_options))]
         self.memory = sorted(start.memory, key=lambda use: use.process)
         return capacity
 

@@ -75,6 +75,7 @@ class LLMEngine:
         self._busy_seconds = 0.0
         self._busy_since: float | None = None
         self._queue_seconds = 0.0
+        self._progress_at: float | None = None  # the last step's end, or the first request's arrival; None without any
 
     async def start(self) -> CacheCapacity:
         """Load the model, then serve; raises `ConfigError` for what cannot start."""
@@ -108,6 +109,8 @@ class LLMEngine:
             stop_token_ids |= self._config.model.eos_token_ids
         sequence = Sequence(request, self._num_submitted, time.monotonic())
         self._num_submitted += 1
+        if self._progress_at is None:
+            self._progress_at = sequence.arrived_at
         if self._ledger is not None:
             self._ledger.request_came(sequence.arrived_at)
         self._open[request.request_id] = _OpenRequest(sequence, sink, stop_token_ids)
@@ -147,7 +150,7 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine; cheap enough for every step."""
-        scheduler, steps = self._scheduler, self._steps
+        scheduler, steps, progress_at = self._scheduler, self._steps, self._progress_at  # of one moment: threads read
         losses = LossTotals() if self._ledger is None else self._ledger.totals(time.monotonic())
         return EngineStats(
             num_running=scheduler.num_running,
@@ -176,6 +179,7 @@ class LLMEngine:
             schedule_seconds=self._schedule_seconds,
             busy_seconds=self._busy_until_now(),
             queue_seconds=self._queue_seconds,
+            seconds_since_step=0.0 if progress_at is None else time.monotonic() - progress_at,
             accounted_seconds=losses.accounted_seconds,
             ideal_seconds=losses.ideal_seconds,
             skipped_head_seconds=losses.skipped_head_seconds,
@@ -212,8 +216,10 @@ class LLMEngine:
                     self._deliver(step, await step.result)
                 elif scheduled is None:
                     self._busy_seconds, self._busy_since = self._busy_until_now(), None
-                    if self._ledger is not None and not self._open:
-                        self._ledger.requests_ended(time.monotonic())
+                    if not self._open:
+                        self._progress_at = None
+                        if self._ledger is not None:
+                            self._ledger.requests_ended(time.monotonic())
                     self._wake.clear()
                     await self._wake.wait()
         except Exception as error:
@@ -242,7 +248,7 @@ class LLMEngine:
         return Loss.KV_LIMITED_BATCH
 
     def _deliver(self, step: _StepInFlight, output: StepOutput) -> None:
-        arrived = time.monotonic()
+        arrived = self._progress_at = time.monotonic()
         self._steps.add(step.scheduled.batch, output)
         num_dropped = self._emit(step.scheduled, output)
         self._num_dropped_tokens += num_dropped

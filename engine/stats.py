@@ -13,7 +13,8 @@ class EngineStats:
     `num_discarded_tokens` were computed and not delivered: the token after an end of sequence, and the tokens
     recomputed after a preemption. `device_seconds` is time ranks spent computing, `busy_seconds` time the engine had a
     step in flight, `schedule_seconds` time spent composing steps, `queue_seconds` the sum over requests of the time
-    between arrival and the first step.
+    between arrival and the first step. `seconds_since_step` is how long requests have been open without a step's end:
+    0 without requests, the age of a hanging step where one hangs.
 
     The parts of `device_seconds` are those of `engine.batch.StepTimes`, summed over the `num_timed_steps` steps that
     have them: with none they are unknown and not zero. `hidden_network_seconds` is what overlap saved: time collectives
@@ -49,6 +50,7 @@ class EngineStats:
     schedule_seconds: float = 0.0
     busy_seconds: float = 0.0
     queue_seconds: float = 0.0
+    seconds_since_step: float = 0.0
     accounted_seconds: float = 0.0
     ideal_seconds: float = 0.0
     skipped_head_seconds: float = 0.0

@@ -47,6 +47,11 @@ def test_model_paths_start_at_the_recipe_and_flags_win(tmp_path: Path, checkpoin
             "recipe.yaml: unknown key 'tensor_paralell'; did you mean 'tensor_parallel'?",
         ),
         ("model: x\nrouting: {affinity: 1}\n", "unknown key 'routing.affinity'"),
+        (
+            "model: x\nobjectives: {time_to_first_tokens: 1}\n",
+            "unknown key 'objectives.time_to_first_tokens'; did you mean 'time_to_first_token'?",
+        ),
+        ("model: x\nobjectives: {time_per_output_token: 0}\n", "objectives.time_per_output_token: input should be gr"),
         ("replicas: 2\n", "recipe.yaml: the key 'model' is missing."),
         ("model: x\nreplicas: 0\n", "replicas: input should be greater than or equal to 1, but it is 0."),
         ("model: x\ncache: 2 gigs\n", "cache: '2 gigs' is not a size; write a number of bytes or for example 2GiB"),

@@ -38,10 +38,11 @@ def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_
     directory.mkdir()
     file = directory / "haproxy.cfg"
     file.write_text(CONFIGURATION)
-    wrapper = write_wrapper(directory, "/bin/echo")
+    wrapper = write_wrapper(directory, "/bin/echo", "10.0.0.7")
     outcome = subprocess.run([wrapper, "-db", "-f", str(file), "-x", "a b"], capture_output=True, text=True, check=True)
     assert outcome.stdout == f"-db -f {file} -x a b\n"
     assert "bind 127.0.0.1:8404" in file.read_text()
+    assert "bind 10.0.0.7:9101" in file.read_text(), "where Prometheus is told to look"
     head, _, body = (directory / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
     assert f"Content-Length: {len(body)}".encode() in head

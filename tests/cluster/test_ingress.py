@@ -267,6 +267,21 @@ async def test_metrics_targets_is_service_discovery(served: Pair) -> None:
     assert targets[1]["labels"] == {"nanoserve_process": "replica"}
 
 
+async def test_calls_are_judged_by_the_objectives(served: Pair) -> None:
+    made, client = served
+
+    def judged(objective: str, outcome: str) -> float:
+        return made.value("nanoserve_objective_requests_total", objective=objective, outcome=outcome)
+
+    assert (await client.post("/v1/completions", json=completion())).status_code == 200
+    assert [judged(name, "met") for name in ("time_to_first_token", "time_per_output_token", "all")] == [1, 1, 1]
+    assert (await client.post("/v1/completions", json=completion(max_tokens=-1))).status_code == 400
+    made.dispatcher.set_replicas(frozenset())
+    assert (await client.post("/v1/completions", json=completion())).status_code == 503
+    assert [judged(name, "missed") for name in ("time_to_first_token", "time_per_output_token", "all")] == [1, 0, 1]
+    assert judged("all", "met") == 1, "what a client asked wrongly is not judged"
+
+
 async def test_a_bug_is_a_500_without_its_cause(served: Pair, caplog: pytest.LogCaptureFixture) -> None:
     made, client = served
     with contextlib.suppress(RuntimeError):

@@ -136,5 +136,6 @@ def test_ingress_counters_carry_the_model() -> None:
     assert value("routing_prefix_tokens_total") == 16
     assert value("request_success_total", finished_reason="stop") == 1
     assert value("http_responses_total", route="/v1/models", status="200") == 1
+    assert value("replicas_ready") == 1
     assert value("routed_requests", replica="r1") == 2
     assert value("predicted_work_tokens", replica="r1") == 30

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
+from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall, ReplicaEvent
 from cluster.replica_stream import RETRY_SECONDS
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, pack, unpack
@@ -52,7 +52,8 @@ class Replicas:
     def __init__(self, *replicas: LocalReplica) -> None:
         self.by_id = {replica.replica_id: replica for replica in replicas}
         self.policy = RoutingPolicy(prefix_affinity=False)
-        self.dispatcher = Dispatcher(self.policy, self.by_id.__getitem__, INGRESS)
+        self.events: list[ReplicaEvent] = []
+        self.dispatcher = Dispatcher(self.policy, self.by_id.__getitem__, INGRESS, on_replica=self.events.append)
 
     async def start(self) -> None:
         for replica in self.by_id.values():
@@ -277,3 +278,21 @@ def test_outputs_survive_the_wire() -> None:
     other = output._replace(request_id=RequestId("s"), finish_reason=None, logprobs=None)
     assert unpack(pickle.loads(pickle.dumps(pack([output, other])))) == [output, other]
     assert unpack(pack([])) == []
+
+
+async def test_replicas_that_come_and_go_are_counted_once_each(two: Replicas) -> None:
+    joined, lost, left = ReplicaEvent.JOINED, ReplicaEvent.LOST, ReplicaEvent.LEFT
+    assert two.events == [joined, joined]
+    two.by_id["a"].fail_with = ConnectionResetError("gone")
+    await asyncio.gather(*[read(two.dispatcher.open([request(f"r{i}")])) for i in range(2)], return_exceptions=True)
+    await asyncio.sleep(2.5 * RETRY_SECONDS)
+    assert two.events[2:] == [lost], "attempts to reach it again are no further losses"
+    two.by_id["a"].fail_with = None
+    await until(lambda: len(two.policy.replica_ids) == 2)
+    assert two.events[3:] == [joined]
+    two.dispatcher.set_replicas(frozenset({"b"}))
+    assert two.events[4:] == [left]
+    two.by_id["b"].fail_with = ConnectionResetError("gone")
+    await until(lambda: not two.policy.replica_ids)
+    two.dispatcher.set_replicas(frozenset())
+    assert two.events[5:] == [lost], "one that was lost does not leave as well"

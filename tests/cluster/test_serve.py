@@ -176,7 +176,7 @@ def test_a_killed_ingress_ends_its_requests_and_comes_back(server: Command) -> N
     until(lambda: num_running() == 0, 3, "the replicas to abort what nobody reads")
     answer = server.client.post("/v1/completions", json=completion())
     assert answer.status_code == 200 or answer.json()["error"]["code"] == "service_unavailable"
-    until(lambda: len(server.targets()) == 3 and server.is_idle, 60, "a new ingress")
+    until(lambda: len(server.targets()) == 4 and server.is_idle, 60, "a new ingress")
 
 
 @pytest.mark.ray

@@ -270,3 +270,33 @@ async def test_the_collector_forgets_what_was_there_at_the_start_until_the_end(
     await engine.close()
     assert gc.get_freeze_count() == 0
     await engine.close()
+
+
+async def test_a_step_that_does_not_end_is_seen_and_idle_time_is_not(
+    engine_config: MakeConfig, capacity: MakeCapacity
+) -> None:
+    """`seconds_since_step` is the watchdog's number."""
+
+    class Hanging(SimulatedExecutor):
+        def __init__(self) -> None:
+            super().__init__(capacity(400), vocab_size=1000)
+            self.may_end = asyncio.Event()
+
+        async def execute(self, batch: Batch) -> StepOutput:
+            await self.may_end.wait()
+            return await super().execute(batch)
+
+    executor = Hanging()
+    engine = LLMEngine(engine_config(), executor)
+    await engine.start()
+    await asyncio.sleep(0.05)
+    assert engine.stats().seconds_since_step == 0, "nobody asked for anything"
+    reading = asyncio.create_task(tokens_of(engine, make_request("a")))
+    await until(lambda: engine.stats().seconds_since_step > 0.2)
+    executor.may_end.set()
+    await reading
+    await until(lambda: engine.stats().seconds_since_step == 0)
+    engine.submit(make_request("b"), Collector())
+    engine.abort(RequestId("b"))
+    await until(lambda: engine.stats().seconds_since_step == 0)
+    await engine.close()
