@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankSocket, Stop
-from engine import Batch, DeviceKind, EngineConfig, EngineDeadError, NanoserveError, StepOutput
+from engine import Batch, DeviceKind, EngineConfig, EngineDeadError, NanoserveError, RecordedStep, StepOutput
 
 # Ranks of a group share a node: their rendezvous and collectives stay off every other interface.
 LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -21,6 +21,11 @@ _PROGRESS_STEPS = 200  # reports per loading, at most
 
 class LaunchedStep(Protocol):
     """What `engine.pending_step.PendingStep` is to this module."""
+
+    @property
+    def recorded(self) -> RecordedStep | None:
+        """What ran when, where the batch asked for it."""
+        ...
 
     def wait(self) -> StepOutput:
         """The step's tokens, as soon as they are there."""
@@ -106,8 +111,10 @@ class _Completion:
 
 
 def _finish(engine: RankSocket, rank: int, pending: LaunchedStep) -> None:
-    """Every rank draws the same tokens; rank 0 tells the engine."""
+    """Every rank draws the same tokens; rank 0 tells the engine. A recorded step every rank tells, as it saw it."""
     output = pending.wait()
+    if pending.recorded is not None:
+        engine.send(pending.recorded)
     if rank == 0:
         engine.send(output)
 

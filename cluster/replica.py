@@ -21,6 +21,7 @@ from cluster.loopback import bind_replica_server_to_node, node_address
 from cluster.memory_metrics import MemoryCollector
 from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
+from cluster.replica_report import Answer, Question
 from cluster.router import TARGET
 from cluster.startup import StartupReport
 from cluster.step_door import Invitation, StepDoor
@@ -119,6 +120,12 @@ class ServeTransport:
         if self._link is None:
             raise ConnectionResetError("There is no connection to the replica.")
         return await self._link.submit(requests, aborted)
+
+    async def ask(self, question: Question) -> Answer:
+        """See `ReplicaTransport`."""
+        if self._link is None:
+            raise ConnectionResetError("There is no connection to the replica.")
+        return await self._link.ask(question)
 
 
 def _rank_options(placement: Placement) -> list[dict[str, Any]]:

@@ -28,9 +28,11 @@ from engine.memory_budget import check_host_memory
 from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_config import DType, ModelConfig
 from engine.number_format import NumberFormat
+from engine.recorded_step import RecordedStep
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
+from engine.step_picture import draw_notice, draw_recorded_step
 from engine.weights import check_checkpoint
 from engine.workloads.length_distribution import LengthRange
 from engine.workloads.named_workload import WorkloadName
@@ -67,6 +69,7 @@ __all__ = [
     "OutputSink",
     "PipelineMode",
     "PlannedRequest",
+    "RecordedStep",
     "Request",
     "RequestError",
     "RequestId",
@@ -83,5 +86,7 @@ __all__ = [
     "check_checkpoint",
     "check_cpu",
     "check_host_memory",
+    "draw_notice",
+    "draw_recorded_step",
     "resident_memory",
 ]

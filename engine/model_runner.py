@@ -22,6 +22,7 @@ from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Cost, Stopwatch
+from engine.recorded_step import RecordedStep, in_nano_batch, middle_layers
 from engine.sampler import Drawn, sample
 
 
@@ -37,10 +38,12 @@ class ModelRunner:
         device: torch.device,
         plans: PlanSet | None = None,
         *,
+        rank: int = 0,
         returns_logprobs: bool = True,
         uses_gpu_kernels: bool = False,
     ) -> None:
         self._config = config
+        self._rank = rank
         self._model = model
         self._kv_cache = kv_cache
         self.padded: PaddedSteps | None = None
@@ -82,7 +85,7 @@ class ModelRunner:
     def launch(self, batch: Batch) -> PendingStep:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self.device)
-        stopwatch = Stopwatch()
+        stopwatch = Stopwatch(rank=self._rank, records_events=batch.is_recorded)
         name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
         prepared, hidden_TE, num_padding_tokens = self._run(batch, schedule, stopwatch)
         drawn = None
@@ -99,11 +102,28 @@ class ModelRunner:
             plan_name=name,
             times=times,
             num_padding_tokens=num_padding_tokens,
+            recorded=self._recorded(batch, name, schedule, stopwatch) if batch.is_recorded else None,
+        )
+
+    def _recorded(self, batch: Batch, plan: str, schedule: Schedule, stopwatch: Stopwatch) -> RecordedStep:
+        """The step that has just run."""
+        cut = schedule.cut.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        events = stopwatch.events or []
+        return RecordedStep(
+            rank=self._rank,
+            step=batch.step,
+            plan=plan,
+            num_tokens=batch.num_tokens,
+            num_decodes=batch.num_decodes,
+            began=stopwatch.began,
+            seconds=max((event.end for event in events), default=0.0),
+            events=tuple(in_nano_batch(event, cut) for event in middle_layers(events)),
         )
 
     def _run(self, batch: Batch, schedule: Schedule, stopwatch: Stopwatch) -> tuple[PreparedStep, Tensor | None, int]:
         """The prepared step, its hidden states (None without tokens), and how many rows more were computed."""
-        if self.padded is not None and schedule == self.pipeline.sequential:
+        # A graph is one launch: what runs in it when, only the operations one by one can tell.
+        if self.padded is not None and not batch.is_recorded and schedule == self.pipeline.sequential:
             bucket = self.padded.bucket_of(batch)
             if bucket is not None:
                 prepared = self._preparation.prepare_padded(batch, schedule.cut, self.padded.inputs, bucket)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepOutput, StepTimes
+from engine.recorded_step import RecordedStep
 from engine.request import TokenLogprob
 from engine.sampler import Drawn
 from engine.sampling_table import SamplingPlan
@@ -59,7 +60,9 @@ class PendingStep:
         plan_name: str,
         times: StepTimes | None,
         num_padding_tokens: int = 0,
+        recorded: RecordedStep | None = None,
     ) -> None:
+        self.recorded = recorded
         self._step = step
         self._plan_name = plan_name
         self._times = times
