@@ -13,6 +13,7 @@ from cluster.config import ServingConfig, ray_address
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
+from cluster.status.status_command import status
 from cluster.tokenizer import Tokenizer
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_cpu, check_host_memory
 from engine.cli import app as engine_app
@@ -31,6 +32,7 @@ app = typer.Typer(
 bench.command("serve")(bench_serve)
 app.add_typer(engine_app)
 app.command("generate")(generate)
+app.command("status")(status)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2

@@ -56,7 +56,7 @@ function tile(title, value, note, values, highest) {
 
 function latency(title, view, windowSeconds) {
   if (view === null) return tile(title, "-", `no call in ${windowSeconds} s`);
-  return tile(title, seconds(view.p50_seconds), `p50, p99 ${seconds(view.p99_seconds)}`);
+  return tile(title, seconds(view.p50_seconds), `median; p99 ${seconds(view.p99_seconds)}`);
 }
 
 function remember(values, value) {
@@ -77,7 +77,7 @@ function showTiles(view) {
     tile("Tokens in", number(load.prompt_tokens_per_second), "per second", history.in),
     tile("Requests", String(load.num_running), `running, ${load.num_waiting} waiting`, history.running),
     tile("KV cache", `${(100 * load.kv_usage).toFixed(1)} %`, `${load.num_preemptions} preempted`, history.kv, 1),
-    tile("Of the optimum", percent(load.percent_of_optimal), "", history.percent, 100),
+    tile("Of the optimum", percent(load.percent_of_optimal), "last seconds", history.percent),
     latency("First token", ingress.time_to_first_token, ingress.window_seconds),
     latency("Per token", ingress.time_per_output_token, ingress.window_seconds),
   );
