@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.config import ServingConfig, ray_address
+from cluster.doctor.doctor_command import doctor
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.start_display import StartDisplay
@@ -33,6 +34,7 @@ bench.command("serve")(bench_serve)
 app.add_typer(engine_app)
 app.command("generate")(generate)
 app.command("status")(status)
+app.command("doctor")(doctor)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2

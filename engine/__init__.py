@@ -33,6 +33,7 @@ from engine.request import FinishReason, Request, RequestId, SamplingParams, Tok
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
 from engine.step_picture import draw_notice, draw_recorded_step
+from engine.user_cache import cache_directory
 from engine.weights import check_checkpoint
 from engine.workloads.length_distribution import LengthRange
 from engine.workloads.named_workload import WorkloadName
@@ -83,6 +84,7 @@ __all__ = [
     "Workload",
     "WorkloadName",
     "WorkloadSource",
+    "cache_directory",
     "check_checkpoint",
     "check_cpu",
     "check_host_memory",
