@@ -14,7 +14,7 @@ from engine.kv_cache import KVCache
 from engine.layers.attention import DecodeAttention
 from engine.models.decoder import Decoder
 from engine.padded_steps import PaddedSteps
-from engine.pending_step import PendingStep, StepClock
+from engine.pending_step import PendingStep
 from engine.pipeline.capture import Captures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
@@ -24,6 +24,7 @@ from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Cost, Stopwatch
 from engine.recorded_step import RecordedStep, in_nano_batch, middle_layers
 from engine.sampler import Drawn, sample
+from engine.step_clock import StepClock
 
 
 class ModelRunner:

@@ -1,4 +1,4 @@
-"""`Checkup`: which checks apply to what was asked, in order. A check that fails itself is a finding; it stops no other."""
+"""`Checkup`: which checks apply to what was asked, in order. One that fails itself is a finding, and stops no other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -41,7 +41,8 @@ class Gpu:
 class GpuSystem:
     """All devices that torch sees, of `num_present`.
 
-    `driver` None: there is none; `torch_cuda` None: torch is a build for CPUs. `separated` are pairs of devices that cannot read each other's memory.
+    `driver` None: there is none; `torch_cuda` None: torch is a build for CPUs. `separated` are pairs of devices that
+    cannot read each other's memory.
     """
 
     driver: str | None = None

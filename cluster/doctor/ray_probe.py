@@ -4,6 +4,7 @@ Of its own, because Ray tries for minutes, says why only on standard error, and 
 """
 
 import json
+import logging
 import sys
 import time
 from typing import Any
@@ -15,7 +16,7 @@ def probe(address: str) -> dict[str, Any]:
     """Versions, nodes and clocks; raises whatever Ray raises."""
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="nanoserve-doctor")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="nanoserve-doctor")
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     return {
         "ray": ray.__version__,
@@ -32,13 +33,17 @@ def probe(address: str) -> dict[str, Any]:
     }
 
 
+def _now() -> float:
+    return time.time()
+
+
 def _clock(node_id: str) -> tuple[float, float, float] | None:
     """(sent, told, received) of one question to a node, the second: the first has to start a process there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    question = ray.remote(num_cpus=0, scheduling_strategy=where)(time.time)
+    question: Any = ray.remote(_now).options(num_cpus=0, scheduling_strategy=where)
     try:
         for _ in range(2):
             sent = time.time()

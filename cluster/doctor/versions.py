@@ -48,7 +48,7 @@ def read_versions() -> Versions:
     names = {*required, *_SHOWN}
     return Versions(
         python=python,
-        requires_python=declared.get("Requires-Python", "") or "",
+        requires_python=declared["Requires-Python"] or "",
         installed={name: _installed(name) for name in sorted(names)},
         required=required,
     )

@@ -45,7 +45,7 @@ def draw_status(view: ClusterView, url: str, time: str, width: int, height: int,
 
 
 def _head(view: ClusterView, url: str, time: str, width: int) -> Iterator[Text]:
-    title = Text.assemble(("nanoserve ", "bold"), (", ".join(view.models), "bold cyan"), f" at {url}")
+    title = Text.assemble(("nanoserve ", "bold"), (printable(", ".join(view.models)), "bold cyan"), f" at {url}")
     title.truncate(width - len(time) - 1, overflow="ellipsis")
     yield Text.assemble(title, " " * (width - len(title) - len(time)), (time, "dim"))
     is_whole = view.num_ready >= view.num_wanted
@@ -82,7 +82,7 @@ def _optimum(load: LoadView, width: int) -> Iterator[Text]:
         "Optimum", f"{load.percent_of_optimal:>8.1f} % of {number(load.optimal_tokens_per_second)} tokens per second"
     )
     losses = ", ".join(f"{loss.description} {loss.percent:.1f} %" for loss in load.losses[:_MOST_LOSSES])
-    for index, line in enumerate(textwrap.wrap(losses, width - _LABEL)):
+    for index, line in enumerate(textwrap.wrap(losses, width - _LABEL)[:2]):
         yield _line("Lost to" if index == 0 else "", line)
 
 
@@ -107,11 +107,11 @@ def _replicas(replicas: Sequence[ReplicaView], width: int, height: int) -> Itera
 
 
 def _replica(replica: ReplicaView, name: int) -> Text:
-    row = Text(f"{replica.id[:name]:<{name}} ")
+    row = Text(f"{printable(replica.id)[:name]:<{name}} ")
     row.append(f"{replica.state:<10}", _STYLES.get(replica.state, "yellow"))
     load = replica.load
     if load is None:
-        return row.append(" " + " ".join(replica.detail.split()))
+        return row.append(" " + printable(replica.detail))
     percent = "-" if load.percent_of_optimal is None else f"{load.percent_of_optimal:.1f}%"
     row.append(f" {len(replica.ranks):>5} {load.num_running:>5} {load.num_waiting:>5} {100 * load.kv_usage:>4.0f}%")
     row.append(f" {number(load.prompt_tokens_per_second):>7} {number(load.generated_tokens_per_second):>7}")
@@ -120,6 +120,11 @@ def _replica(replica: ReplicaView, name: int) -> Text:
 
 def _line(label: str, *texts: str) -> Text:
     return Text.assemble((f"{label:<{_LABEL}}", "dim"), *texts)
+
+
+def printable(text: str) -> str:
+    """On one line, and without what would move a terminal's cursor."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 def number(value: float) -> str:

@@ -56,7 +56,7 @@ function tile(title, value, note, values, highest) {
 
 function latency(title, view, windowSeconds) {
   if (view === null) return tile(title, "-", `no call in ${windowSeconds} s`);
-  return tile(title, seconds(view.p50_seconds), `median; p99 ${seconds(view.p99_seconds)}`);
+  return tile(`${title} p50`, seconds(view.p50_seconds), `p99 ${seconds(view.p99_seconds)}`);
 }
 
 function remember(values, value) {
@@ -89,7 +89,7 @@ function showLosses(load) {
     ? `${percent(load.percent_of_optimal)} of ${number(load.optimal_tokens_per_second)} tokens per second, over the last `
       + "seconds. An idle cluster loses all of it to having no requests, which is no fault."
     : "Unknown: no GEMM peak was measured on these replicas.";
-  const parts = known ? [{ description: "useful tokens at the optimum", percent: load.percent_of_optimal, colour: KEPT }]
+  const parts = known ? [{ description: "useful tokens", percent: load.percent_of_optimal, colour: KEPT }]
     : [];
   load.losses.forEach((loss, i) => parts.push({ ...loss, colour: COLOURS[i % COLOURS.length] }));
   byId("waterfall").replaceChildren(...parts.map((part) => {

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
-from engine.pending_step import StepClock
 from engine.pipeline.capture import CaptureError, Captures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.step_clock import StepClock
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 
