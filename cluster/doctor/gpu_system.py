@@ -7,7 +7,7 @@ from cluster.doctor.finding import Finding, error, ok, warning
 
 CHECK = "gpu"
 # The oldest driver of Linux for each major version of CUDA (CUDA's release notes, table of toolkit drivers).
-_OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+_OLDEST_DRIVER = {"11": (450, 80), "12": (525, 60), "13": (580, 65)}
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16 in tensor cores
 _FULL_SHARE = 0.10  # with less than this free no model fits
 _TAKEN_SHARE = 0.90  # the KV cache takes nine tenths of what is free
@@ -83,7 +83,7 @@ def _software(system: GpuSystem, num_wanted: int) -> Iterator[Finding]:
         )
         yield error(CHECK, "There is a GPU, but torch is a build for CPUs.", "torch.version.cuda", remedy)
         return
-    oldest = _OLDEST_DRIVER.get(int(system.torch_cuda.partition(".")[0]))
+    oldest = _OLDEST_DRIVER.get(system.torch_cuda.partition(".")[0])
     if oldest is not None and _numbers(system.driver or "") < oldest:
         found = f"The driver is too old for torch's CUDA {system.torch_cuda}."
         needed = ".".join(map(str, oldest))
