@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from cluster.doctor.clock import ClockOffset, judge_clocks, offset_of
 from cluster.doctor.finding import Finding, error, ok, warning
@@ -16,7 +18,8 @@ from engine import ConfigError
 
 CHECK = "ray cluster"
 PROBE_SECONDS = 60.0
-REFUSED_SECONDS = 15.0  # a cluster that refuses a token is asked again and again, by Ray
+_LOOK_SECONDS = 0.5
+_REFUSAL = "InvalidAuthToken"
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _SEND = "Give every node and client the same: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the same ~/.ray/auth_token)."
 
@@ -90,7 +93,7 @@ def read_cluster(address: str, environment: Mapping[str, str] = os.environ) -> R
     try:
         seen = json.loads(outcome.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        is_refused = "InvalidAuthToken" in outcome.stderr or "AuthenticationError" in outcome.stderr
+        is_refused = _REFUSAL in outcome.stderr or "AuthenticationError" in outcome.stderr
         lines = outcome.stderr.strip().splitlines() or ["no reason given"]
         return RayCluster(address=address, problem=lines[-1], is_refused=is_refused)
     nodes = seen["nodes"]
@@ -132,15 +135,16 @@ def _run(command: list[str], variables: dict[str, str]) -> "subprocess.Completed
     process = subprocess.Popen(
         command, env=variables, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
-    try:
-        output, errors = process.communicate(timeout=REFUSED_SECONDS)
-    except subprocess.TimeoutExpired as silence:
-        seen = silence.stderr or b""
-        refused = b"InvalidAuthToken" in (seen if isinstance(seen, bytes) else seen.encode())
+    deadline = time.monotonic() + PROBE_SECONDS
+    while True:
         try:
-            output, errors = process.communicate(timeout=0 if refused else PROBE_SECONDS - REFUSED_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-            errors += f"\nRay did not answer within {PROBE_SECONDS:.0f} s."
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+            output, errors = process.communicate(timeout=_LOOK_SECONDS)
+            return subprocess.CompletedProcess(command, process.returncode, output, errors)
+        except subprocess.TimeoutExpired as silence:
+            so_far: Any = silence.stderr or b""  # bytes, whatever the process was opened with
+            is_late = time.monotonic() > deadline
+            if is_late or _REFUSAL.encode() in so_far:  # Ray would ask again and again with the same token
+                process.kill()
+                output, errors = process.communicate()
+                late = f"\nRay did not answer within {PROBE_SECONDS:.0f} s." if is_late else ""
+                return subprocess.CompletedProcess(command, process.returncode, output, errors + late)

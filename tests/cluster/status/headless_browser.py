@@ -75,7 +75,8 @@ class HeadlessBrowser:
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         async with asyncio.timeout(30):
-            return await answer
+            result: dict[str, Any] = await answer
+        return result
 
     async def look(self, *, width: int = 1200, height: int = 1250, is_dark: bool = False) -> None:
         """Be a screen of this size and colour scheme."""
