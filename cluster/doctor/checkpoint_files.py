@@ -27,23 +27,22 @@ class CheckpointFiles:
     has_chat_template: bool = True
 
 
-def read_checkpoint(config: ServingConfig, device: DeviceKind) -> CheckpointFiles:
-    """Headers alone are read of weights. Memory is judged where the ranks would be here: on a CPU."""
+def read_checkpoint(config: ServingConfig, device: DeviceKind, *, in_memory: bool = True) -> CheckpointFiles:
+    """Headers alone are read of weights. With `in_memory`, a CPU's ranks are to fit the memory of this machine."""
     path = config.model
     pointers = tuple(sorted(file.name for file in path.glob("*.safetensors") if _is_pointer(file)))
     try:
         engine_config = config.engine_config(device)
+        check_cpu(engine_config)
     except ConfigError as problem:
         return CheckpointFiles(path=path, config=str(problem), pointers=pointers)
     template: list[bool] = []
-    on_cpu = device is DeviceKind.CPU
+    tokenizer = _problem(lambda: template.append(Tokenizer.load(path).has_chat_template))
     return CheckpointFiles(
         path=path,
         weights=_problem(lambda: check_checkpoint(engine_config)),
-        tokenizer=_problem(lambda: template.append(Tokenizer.load(path).has_chat_template)),
-        memory=_problem(lambda: (check_cpu(engine_config), check_host_memory(engine_config, config.replicas)))
-        if on_cpu
-        else "",
+        tokenizer=tokenizer,
+        memory=_problem(lambda: check_host_memory(engine_config, config.replicas)) if in_memory else "",
         pointers=pointers,
         has_chat_template=all(template),
     )

@@ -56,9 +56,11 @@ class Checkup:
 
     def _checks(self, config: ServingConfig | None) -> Iterator[tuple[str, Check]]:
         device = self._device(config)
+        is_here = self.address is None  # else ranks run on other machines, whose memory and GPUs are others
+        num_gpus = _num_gpus(config, device) if is_here else None
         places = [("Ray's sessions and logs", temporary_directory()), ("Plans and kernels", cache_directory())]
         yield "versions", lambda: judge_versions(read_versions())
-        yield "gpu", lambda: judge_gpus(read_gpus(), num_wanted=_num_gpus(config, device))
+        yield "gpu", lambda: judge_gpus(read_gpus(), num_wanted=num_gpus)
         yield "open files", lambda: judge_open_file_limit(read_open_file_limit())
         yield "shared memory", lambda: judge_shared_memory(read_shared_memory(self.shared_memory))
         yield "disk", lambda: judge_disks(read_disks(places))
@@ -67,10 +69,11 @@ class Checkup:
         yield "leftovers", lambda: judge_leftovers(read_leftovers())
         yield "ray cluster", lambda: judge_authentication(read_authentication())
         if config is not None:
-            yield "checkpoint", lambda: judge_checkpoint(read_checkpoint(config, device))
+            yield "checkpoint", lambda: judge_checkpoint(read_checkpoint(config, device, in_memory=is_here))
         if self.address is not None:
-            address, num_gpus = self.address, _num_gpus(config, device) or 0
-            wanted = num_gpus * (config.replicas if config is not None else 0)
+            address = self.address
+            is_on_gpus = config is not None and config.device == "cuda"
+            wanted = config.replicas * config.tensor_parallel if config is not None and is_on_gpus else 0
             yield "ray cluster", lambda: judge_cluster(read_cluster(address), wanted)
         if self.url is not None:
             url = self.url

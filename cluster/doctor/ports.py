@@ -24,7 +24,7 @@ class WantedPort:
 
 
 RAY_PORTS = (
-    WantedPort(port=6379, purpose="Ray's head (`ray start --head`, `ray up`)", host="0.0.0.0", expected="gcs_server"),
+    WantedPort(port=6379, purpose="Ray's head (`ray start --head`, `ray up`)", expected="gcs_server"),
     WantedPort(port=8265, purpose="Ray's dashboard", expected="dashboard"),
 )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from tests.cluster.serve_command import ROOT, Command, until
 from tests.cluster.status.headless_browser import HeadlessBrowser, chromium
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-SECONDS = 60.0
+SECONDS = 120.0
 OPTIONS = "--tensor-parallel 2 --replicas 1 --threads 1 --cache 8MiB --name tiny --device cpu --plan-seconds 0"
 
 
@@ -118,6 +119,19 @@ async def test_the_page_shows_the_load_and_a_step(server: Command, tmp_path: Pat
 
 def _timeline(server: Command) -> str:
     return httpx.get(f"http://127.0.0.1:{server.port}/timeline.svg", timeout=30).text
+
+
+def test_the_doctor_knows_a_server_that_is_well(server: Command) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    command = [sys.executable, "-m", "cluster.cli", "doctor", "--json", "--url", url, "--port", str(server.port)]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    findings = json.loads(outcome.stdout)["findings"]
+    assert [finding for finding in findings if finding["level"] == "error"] == []
+    found = [finding["found"] for finding in findings]
+    assert "Serves tiny, 1 of 1 replicas." in found
+    assert any(each.startswith("nanoserve serves tiny there: process ") for each in found)
+    assert server.state_directory is not None
+    assert str(server.state_directory) not in {finding["where"] for finding in findings}, "it is no leftover"
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux to run it in")
