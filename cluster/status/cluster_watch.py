@@ -60,10 +60,11 @@ class ClusterWatch:
     async def _see(self) -> ClusterView:
         connected = self._dispatcher.connected
         asked = [*(each for each, is_ready in connected.items() if is_ready), *self._dispatcher.draining]
-        starts, *answers = await asyncio.gather(
-            self._read_starts(),
-            *(self._dispatcher.ask(replica_id, Question.REPORT, REPORT_SECONDS) for replica_id in asked),
+        reading = asyncio.create_task(self._read_starts())
+        answers = await asyncio.gather(
+            *(self._dispatcher.ask(replica_id, Question.REPORT, REPORT_SECONDS) for replica_id in asked)
         )
+        starts = await reading
         reports = {
             replica_id: answer
             for replica_id, answer in zip(asked, answers, strict=True)

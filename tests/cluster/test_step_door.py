@@ -9,7 +9,7 @@ import pytest
 
 from cluster import step_door
 from cluster.dispatcher import Dispatcher
-from cluster.replica_report import Question, ReplicaReport
+from cluster.replica_report import Answer, Question, ReplicaReport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_door import KEY_BYTES, Invitation, StepDoor
 from cluster.step_link import StepLink
@@ -155,6 +155,10 @@ class DoorTransport:
     ) -> list[RequestProblem | None]:
         assert self.link is not None
         return await self.link.submit(requests, aborted)
+
+    async def ask(self, question: Question) -> Answer:
+        assert self.link is not None
+        return await self.link.ask(question)
 
 
 async def test_a_dispatcher_works_through_it(door: StepDoor, replica: LocalReplica) -> None:

@@ -152,7 +152,7 @@ def test_nvml_is_asked_by_the_devices_own_name(monkeypatch: pytest.MonkeyPatch) 
         nvmlDeviceGetNvLinkState=state,
         nvmlDeviceGetTotalEccErrors=lambda handle, kind, counter: 2,
     )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     facts = gpu_probe._nvml_facts("0a1b")
     assert asked == ["GPU-0a1b"]
     assert (facts["num_links_up"], facts["num_links_down"], facts["num_memory_errors"]) == (3, 1, 2)

@@ -86,7 +86,7 @@ def test_open_files(soft: int, hard: int, level: str, remedy: str) -> None:
 
 def test_clocks_are_off_only_for_sure() -> None:
     slow_answer = offset_of("far", sent=100.0, told=100.9, received=102.0)
-    assert (slow_answer.seconds, slow_answer.uncertainty) == (pytest.approx(-0.1), 1.0)
+    assert slow_answer.seconds == pytest.approx(-0.1) and slow_answer.uncertainty == 1.0
     assert levels(judge_clocks([slow_answer, ClockOffset(machine="b", seconds=1.2, uncertainty=1.0)])) == ["ok"]
     ahead, behind = judge_clocks(
         [ClockOffset(machine="a", seconds=60.0), ClockOffset(machine="b", seconds=-0.7), slow_answer]

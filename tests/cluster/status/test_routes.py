@@ -12,7 +12,7 @@ from cluster.status import step_picture
 from cluster.status.cluster_view import ClusterView
 from cluster.status.routes import FILES, WEB
 from cluster.step_recorder import StepRecorder
-from engine import RecordedStep
+from engine import EngineDeadError, RecordedStep
 from tests.cluster.test_ingress import Served, completion, served, tokenizer
 
 __all__ = ["served", "tokenizer"]  # fixtures
@@ -37,10 +37,9 @@ class _Links(HTMLParser):
 class _Ranks:
     """One rank that records whatever step it is given."""
 
-    death = None
-    pids = {0: 4711}  # noqa: RUF012
-
     def __init__(self) -> None:
+        self.death: EngineDeadError | None = None
+        self.pids = {0: 4711}
         self.recorder = StepRecorder(1)
 
     def watch(self) -> None:

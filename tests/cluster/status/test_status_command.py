@@ -1,6 +1,7 @@
 """`nanoserve status`: once where nobody watches, and live it says since when the server is silent."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -70,7 +71,7 @@ def test_an_absent_server_is_status_1() -> None:
 
 def test_silence_is_told_with_its_length_and_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(status_command.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     console = Console(width=80, height=24, color_system=None)
     answers: list[httpx.Response] = []
 
