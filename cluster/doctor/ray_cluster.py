@@ -85,7 +85,7 @@ def read_cluster(address: str, environment: Mapping[str, str] = os.environ) -> R
     try:
         check_cluster(address)
     except ConfigError as problem:
-        return RayCluster(address=address, problem=str(problem))
+        return RayCluster(address=address, problem=str(problem).partition(". ")[0] + ".")
     # Unset, `nanoserve serve` joins without a token: what it would meet is what is looked for.
     variables = {_MODE: "disabled"} | dict(environment) | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
     command = [sys.executable, "-m", "cluster.doctor.ray_probe", address]
