@@ -53,10 +53,11 @@ class HeadlessBrowser:
         )
         try:
             async with asyncio.timeout(START_SECONDS), aiohttp.ClientSession() as session:
-                while not (profile / "DevToolsActivePort").exists():
+                told = profile / "DevToolsActivePort"  # two lines, of which the first is the port
+                while not (told.exists() and len(told.read_text().splitlines()) == 2):
                     assert process.poll() is None, "the browser ended"
                     await asyncio.sleep(0.1)
-                port = (profile / "DevToolsActivePort").read_text().split()[0]
+                port = told.read_text().splitlines()[0]
                 async with session.put(f"http://127.0.0.1:{port}/json/new?about:blank") as answer:
                     page = (await answer.json(content_type=None))["webSocketDebuggerUrl"]
             async with aiohttp.ClientSession() as session, session.ws_connect(page, max_msg_size=0) as socket:
