@@ -27,7 +27,6 @@ from engine.model_config import Architecture, ModelConfig
 from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.operation import TokenKind
-from engine.pending_step import StepClock
 from engine.pipeline.capture import Captures
 from engine.pipeline.granted_loads import GrantedLoads
 from engine.pipeline.graph import OperationGraph
@@ -41,6 +40,7 @@ from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
 from engine.pipeline.trial import Contestant, Trial
 from engine.pipeline.trial_steps import TrialSteps
 from engine.random_checkpoint import sized_config
+from engine.step_clock import StepClock
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 from cluster.api_call import ApiCall
 from cluster.metrics import IngressMetrics
+from cluster.recent_latencies import RecentLatencies
 from engine import FinishReason, RequestId, TokenOutput
 
 
@@ -14,8 +15,9 @@ class CallMetrics:
     `arrived` is when the last byte of the body was there, by the monotonic clock.
     """
 
-    def __init__(self, metrics: IngressMetrics, call: ApiCall, arrived: float) -> None:
+    def __init__(self, metrics: IngressMetrics, latencies: RecentLatencies, call: ApiCall, arrived: float) -> None:
         self._metrics = metrics
+        self._latencies = latencies
         self._call = call
         self._started = arrived
         self._first: float | None = None
@@ -31,6 +33,7 @@ class CallMetrics:
         if self._first is None:
             self._first = now
             self._metrics.first_token_came(now - self._started)
+            self._latencies.first_token(now - self._started)
         else:
             self._metrics.inter_token_latency.observe(now - self._last)
         self._last = now
@@ -51,6 +54,7 @@ class CallMetrics:
             each = later_tokens / len(self._call.requests)
             per_token = (self._last - self._first) / each
             self._metrics.time_per_output_token.observe(per_token)
+            self._latencies.per_token(per_token)
         if self._call.requests:
             self._metrics.judged((self._first or self._started) - self._started, per_token)
         for reason in self._reasons:

@@ -11,10 +11,12 @@ import typer
 
 from cluster.config import ServingConfig, ray_address
 from cluster.deploy import deploy
+from cluster.doctor.doctor_command import doctor
 from cluster.generate import generate
 from cluster.load_test.bench_serve import bench_serve
 from cluster.ray_commands import app as ray_app
 from cluster.start_display import StartDisplay
+from cluster.status.status_command import status
 from cluster.tokenizer import Tokenizer
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_cpu, check_host_memory
 from engine.cli import app as engine_app
@@ -35,6 +37,8 @@ app.add_typer(engine_app)
 app.command("generate")(generate)
 app.command("deploy")(deploy)
 app.add_typer(ray_app, name="ray")
+app.command("status")(status)
+app.command("doctor")(doctor)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.replica_report import Answer, Question
 from cluster.replica_stream import ReplicaStream, ReplicaTransport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
@@ -70,6 +71,39 @@ class Dispatcher:
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._open)
+
+    @property
+    def process_id(self) -> str:
+        """Of this ingress."""
+        return self._metrics.process_id
+
+    @property
+    def busiest(self) -> str | None:
+        """The replica with the most work before it; None where none is ready."""
+        loads = self._policy.loads()
+        return max(loads, key=lambda replica_id: loads[replica_id][::-1], default=None)
+
+    @property
+    def connected(self) -> dict[str, bool]:
+        """The replicas that run, and whether each has said hello, so that requests may go there."""
+        ready = set(self._policy.replica_ids)
+        return {replica_id: replica_id in ready for replica_id in self._streams}
+
+    @property
+    def draining(self) -> list[str]:
+        """Replicas that finish what they have, and get nothing more."""
+        return list(self._draining)
+
+    async def ask(self, replica_id: str, question: Question, seconds: float) -> Answer | None:
+        """What a replica answers; None where it does not within `seconds`."""
+        stream = self._streams.get(replica_id) or self._draining.get(replica_id)
+        if stream is None:
+            return None
+        try:
+            async with asyncio.timeout(seconds):
+                return await stream.ask(question)
+        except (OSError, NanoserveError):  # TimeoutError is an OSError
+            return None
 
     @property
     def metrics_targets(self) -> list[MetricsTarget]:

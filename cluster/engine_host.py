@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Protocol
 
 from cluster.recent_losses import RecentLosses
+from cluster.replica_report import Answer, Question, ReplicaReport
 from cluster.routing_policy import LoadSnapshot
 from cluster.step_message import (
     Abort,
@@ -22,12 +23,14 @@ from cluster.step_message import (
     pack,
     pack_problem,
 )
+from cluster.step_recorder import StepRecorder
 from engine import (
     CacheCapacity,
     EngineDeadError,
     EngineStats,
     LLMEngine,
     LossWaterfall,
+    RecordedStep,
     Request,
     RequestError,
     RequestId,
@@ -35,12 +38,15 @@ from engine import (
 )
 
 HEARTBEAT_SECONDS = 1.0
+STEP_SECONDS = 1.5  # a replica that begins no step for so long is idle
 
 
 class RankWatch(Protocol):
     """An executor that notices the death of a rank by itself."""
 
     death: EngineDeadError | None
+    pids: dict[int, int]
+    recorder: StepRecorder
 
     def watch(self) -> None:
         """Begin to notice, on the running loop."""
@@ -120,6 +126,11 @@ class EngineHost:
         """How far the last seconds were from the optimum, and why; None where that is unknown."""
         return self._recent.waterfall()
 
+    async def answer(self, question: Question) -> Answer:
+        """What an ingress wants to know, for people who are looking; raises `EngineDeadError`."""
+        self.check()
+        return self._report() if question is Question.REPORT else await self._record()
+
     def check(self) -> None:
         """Raise `EngineDeadError` if the engine or one of its ranks has died. Busy is not dead."""
         death = self._engine.death or (self._ranks.death if self._ranks is not None else None)
@@ -133,6 +144,26 @@ class EngineHost:
         self._remembering.cancel()
         await asyncio.gather(self._remembering, return_exceptions=True)
         await self._engine.close()
+
+    def _report(self) -> ReplicaReport:
+        stats = self._engine.stats()
+        prompt, generated = self._recent.tokens_per_second()
+        pids = {} if self._ranks is None else self._ranks.pids
+        return ReplicaReport(
+            node=self._metrics.address.rpartition(":")[0],
+            ranks=tuple(pids[rank] for rank in sorted(pids)),
+            uptime_seconds=time.monotonic() - self._started,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0,
+            num_preemptions=stats.num_preemptions,
+            prompt_tokens_per_second=prompt,
+            generated_tokens_per_second=generated,
+            waterfall=self._recent.waterfall(),
+        )
+
+    async def _record(self) -> tuple[RecordedStep, ...]:
+        return () if self._ranks is None else await self._ranks.recorder.record(STEP_SECONDS)
 
     async def _next_message(self, stream: "_Stream") -> StepMessage:
         is_heartbeat = not await stream.wait(HEARTBEAT_SECONDS)

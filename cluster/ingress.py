@@ -24,9 +24,13 @@ from cluster.call_metrics import CallMetrics
 from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
 from cluster.metrics import CALL_ROUTES, IngressMetrics
 from cluster.metrics_discovery import target_groups
+from cluster.recent_latencies import RecentLatencies
 from cluster.reply import KEEP_ALIVE_FRAME
 from cluster.response_count import ResponseCount
 from cluster.served_model import ServedModel, find_model, model_card, model_list
+from cluster.status.cluster_watch import ClusterWatch, Deployment
+from cluster.status.routes import add_status_routes
+from cluster.status.step_picture import StepPicture
 from engine import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -38,11 +42,23 @@ Opener = Callable[[bytes, Mapping[str, ServedModel]], ApiCall]
 
 
 class Ingress:
-    """What the routes need: the models by name, the way to the replicas, the counters and the limit of a body."""
+    """What the routes need: the models by name, the way to the replicas, the counters and the limit of a body.
+
+    `deployment` is what people are shown; unless given, the models by their names.
+    """
 
     def __init__(
-        self, models: Mapping[str, ServedModel], dispatcher: Dispatcher, metrics: IngressMetrics, max_body: int
+        self,
+        models: Mapping[str, ServedModel],
+        dispatcher: Dispatcher,
+        metrics: IngressMetrics,
+        max_body: int,
+        deployment: Deployment | None = None,
     ) -> None:
+        deployment = deployment or Deployment(models=tuple(models))
+        self.latencies = RecentLatencies()
+        self.watch = ClusterWatch(deployment, dispatcher, self.latencies)
+        self.step_picture = StepPicture(dispatcher, deployment.models[0])
         self.models = models
         self.dispatcher = dispatcher
         self.metrics = metrics
@@ -72,7 +88,7 @@ class CallResponse(Response):
     def __init__(self, ingress: Ingress, call: ApiCall, arrived: float) -> None:
         self._ingress = ingress
         self._call = call
-        self._metrics = CallMetrics(ingress.metrics, call, arrived)
+        self._metrics = CallMetrics(ingress.metrics, ingress.latencies, call, arrived)
         self._has_begun = False
         self.background = None
 
@@ -177,6 +193,8 @@ def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> Fas
         if not ingress.dispatcher.is_ready:
             raise ApiError.unavailable("No replica of the model is ready.", 2.0)
         return _json({"status": "ready"})
+
+    add_status_routes(app, ingress.watch, ingress.step_picture)
 
     @app.get("/metrics/targets")
     async def metrics_targets() -> Response:

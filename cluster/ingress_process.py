@@ -18,6 +18,8 @@ from cluster.replica import ServeTransport
 from cluster.replica_board import ReplicaBoard
 from cluster.routing_policy import RoutingPolicy
 from cluster.served_model import ServedModel
+from cluster.startup import read_reports
+from cluster.status.cluster_watch import Deployment
 from cluster.step_message import MetricsTarget
 from cluster.tokenizer import Tokenizer
 from engine import EngineConfig
@@ -60,7 +62,9 @@ class IngressProcess:
             created=int(time.time()),
             fingerprint=_fingerprint(engine_config),
         )
-        self._ingress = Ingress({alias: model for alias in model.names}, self._dispatcher, metrics, config.max_body)
+        deployment = Deployment(models=config.names, num_replicas=config.replicas, read_starts=read_reports)
+        models = {alias: model for alias in model.names}
+        self._ingress = Ingress(models, self._dispatcher, metrics, config.max_body, deployment)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this process."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cluster.rank_meter import RankMeter
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankSocket, Stop
-from engine import Batch, DeviceKind, EngineConfig, EngineDeadError, NanoserveError, StepOutput
+from engine import Batch, DeviceKind, EngineConfig, EngineDeadError, NanoserveError, RecordedStep, StepOutput
 
 # Ranks of a group share a node: their rendezvous and collectives stay off every other interface.
 LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -23,6 +23,11 @@ _PROGRESS_STEPS = 200  # reports per loading, at most
 
 class LaunchedStep(Protocol):
     """What `engine.pending_step.PendingStep` is to this module."""
+
+    @property
+    def recorded(self) -> RecordedStep | None:
+        """What ran when, where the batch asked for it."""
+        ...
 
     def wait(self) -> StepOutput:
         """The step's tokens, as soon as they are there."""
@@ -110,10 +115,12 @@ class _Completion:
 
 
 def _finish(engine: RankSocket, rank: int, pending: LaunchedStep, meter: RankMeter | None) -> None:
-    """Every rank draws the same tokens; rank 0 tells the engine."""
+    """Every rank draws the same tokens; rank 0 tells the engine. A recorded step every rank tells, as it saw it."""
     output = pending.wait()
     if meter is not None:
         meter.finished(output)
+    if pending.recorded is not None:
+        engine.send(pending.recorded)
     if rank == 0:
         engine.send(output)
 

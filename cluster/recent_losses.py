@@ -1,7 +1,8 @@
-"""`RecentLosses`: an engine's counters over the last seconds, so that "now" means the same to every scraper."""
+"""`RecentLosses`: an engine's counters over the last seconds, so that "now" means the same to everybody who asks."""
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -15,9 +16,11 @@ _log = logging.getLogger(__name__)
 class RecentLosses:
     """Remembers what `read` said over the last `WINDOW_SECONDS`, as long as `run` runs."""
 
-    def __init__(self, read: Callable[[], EngineStats]) -> None:
+    def __init__(self, read: Callable[[], EngineStats], clock: Callable[[], float] = time.monotonic) -> None:
         self._read = read
+        self._clock = clock
         self._snapshots = deque([read()], maxlen=round(WINDOW_SECONDS / SAMPLE_SECONDS))
+        self._times = deque([clock()], maxlen=self._snapshots.maxlen)
         self._before = self._snapshots[0]  # the last that knew less than the oldest of the window
 
     async def run(self) -> None:
@@ -37,8 +40,20 @@ class RecentLosses:
         """Take a snapshot; the oldest goes when the window is full."""
         oldest = self._snapshots[0]
         self._snapshots.append(self._read())
+        self._times.append(self._clock())
         if oldest.accounted_seconds < self._snapshots[0].accounted_seconds:
             self._before = oldest
+
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Prompt tokens begun and tokens generated since the oldest snapshot."""
+        seconds = self._clock() - self._times[0]
+        if seconds <= 0:
+            return 0.0, 0.0
+        before, now = self._snapshots[0], self._read()
+        return (
+            (now.num_prompt_tokens - before.num_prompt_tokens) / seconds,
+            (now.num_generated_tokens - before.num_generated_tokens) / seconds,
+        )
 
     def waterfall(self) -> LossWaterfall | None:
         """Of the time since the oldest snapshot; None where the optimum is unknown.

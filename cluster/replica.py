@@ -22,6 +22,7 @@ from cluster.memory_metrics import MemoryCollector
 from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
 from cluster.rank_metrics import RankCollector
+from cluster.replica_report import Answer, Question
 from cluster.router import TARGET
 from cluster.startup import StartupReport
 from cluster.step_door import Invitation, StepDoor
@@ -121,6 +122,12 @@ class ServeTransport:
         if self._link is None:
             raise ConnectionResetError("There is no connection to the replica.")
         return await self._link.submit(requests, aborted)
+
+    async def ask(self, question: Question) -> Answer:
+        """See `ReplicaTransport`."""
+        if self._link is None:
+            raise ConnectionResetError("There is no connection to the replica.")
+        return await self._link.ask(question)
 
 
 def _rank_options(placement: Placement) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
+from cluster.replica_report import Answer, Question
 from cluster.step_message import Abort, Hello, MetricsTarget, RequestProblem, StepMessage, unpack_problem
 from engine import EngineDeadError, FinishReason, Request, RequestError, RequestId
 
@@ -28,6 +29,10 @@ class ReplicaTransport(Protocol):
         self, ingress_id: str, requests: list[Request], aborted: list[Abort]
     ) -> list[RequestProblem | None]:
         """Queue and end requests; raises whatever went wrong."""
+        ...
+
+    async def ask(self, question: Question) -> Answer:
+        """What the replica knows; raises whatever went wrong."""
         ...
 
 
@@ -80,6 +85,10 @@ class ReplicaStream:
             return
         self._aborted.append((request_id, reason))
         self._has_work.set()
+
+    async def ask(self, question: Question) -> Answer:
+        """What the replica knows; raises whatever went wrong."""
+        return await self._transport.ask(question)
 
     async def close(self) -> None:
         """Stop reading; the replica then aborts what is open."""

@@ -5,10 +5,11 @@ A replica writes (`StartupReport`), `nanoserve serve` reads (`read_reports`). Se
 
 import pickle
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ray.experimental import internal_kv
 
+from cluster.replica_start import ReplicaStart
 from engine import MemoryUse
 
 _NAMESPACE = "nanoserve"
@@ -16,27 +17,12 @@ _PREFIX = "startup/"
 _MIN_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStart:
-    """A replica's state: bytes of weights read so far, when it was ready, or what stopped it.
-
-    `doing` is what its ranks were busy with last, in words; `memory` what its processes hold, once it is ready.
-    """
-
-    done: int = 0
-    total: int = 0
-    doing: str = ""
-    memory: tuple[MemoryUse, ...] = ()
-    ready_at: float | None = None
-    error: Exception | None = None
-
-
 class StartupReport:
     """The writing side, in the replica's process."""
 
     def __init__(self, replica_id: str) -> None:
         self._key = (_PREFIX + replica_id).encode()
-        self._state = ReplicaStart()
+        self._state = ReplicaStart(begun_at=time.time())
         self._last_write = 0.0
         self._write(self._state)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.engine_host import EngineHost
+from cluster.replica_report import Answer, Question
 from cluster.step_message import Abort, MetricsTarget, RequestProblem
 from engine import NanoserveError, Request
 
@@ -53,6 +54,23 @@ class SubmissionAnswer:
 
     number: int
     problems: list[RequestProblem | None]
+    error: NanoserveError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """A question to the replica; `number` is what the answer refers to, one of the same row as submissions'."""
+
+    number: int
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class InquiryAnswer:
+    """What the replica says, or the `error` for which it could not."""
+
+    number: int
+    answer: Answer | None = None
     error: NanoserveError | None = None
 
 
@@ -149,6 +167,7 @@ class _Guest:
         self._ingress_id = ingress_id
         self._metrics = metrics
         self._serving: asyncio.Task[None] | None = None
+        self._answering: set[asyncio.Task[None]] = set()
 
     def expire(self) -> None:
         """Nobody is waited for any longer; who has come stays."""
@@ -167,7 +186,7 @@ class _Guest:
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in both:
+            for task in (*both, *self._answering):
                 task.cancel()
             ended = await asyncio.gather(*both, return_exceptions=True)
             self.gone.set()
@@ -183,7 +202,12 @@ class _Guest:
 
     async def _listen(self, engine: EngineHost, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
-            submission: Submission = await read_message(reader)
+            submission: Submission | Inquiry = await read_message(reader)
+            if isinstance(submission, Inquiry):  # an answer may take its time; requests do not wait for it
+                task = asyncio.create_task(self._answer(engine, submission, writer), name="answer to an inquiry")
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+                continue
             try:
                 problems = engine.submit(self._ingress_id, submission.requests, submission.aborted)
                 answer = SubmissionAnswer(submission.number, problems)
@@ -193,3 +217,13 @@ class _Guest:
                 logger.exception("Requests could not be taken")
                 answer = SubmissionAnswer(submission.number, [], NanoserveError(f"Not taken: {error!r}"))
             writer.write(encode(answer))
+
+    async def _answer(self, engine: EngineHost, inquiry: Inquiry, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = InquiryAnswer(inquiry.number, await engine.answer(inquiry.question))
+        except NanoserveError as error:
+            answer = InquiryAnswer(inquiry.number, error=error)
+        except Exception as error:  # somebody's curiosity must not end anybody's stream
+            logger.exception("An inquiry could not be answered")
+            answer = InquiryAnswer(inquiry.number, error=NanoserveError(f"Not answered: {error!r}"))
+        writer.write(encode(answer))

@@ -4,10 +4,21 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
-from cluster.step_door import Invitation, Submission, SubmissionAnswer, encode, keep_alive, read_message
+from cluster.replica_report import Answer, Question
+from cluster.step_door import (
+    Inquiry,
+    InquiryAnswer,
+    Invitation,
+    Submission,
+    SubmissionAnswer,
+    encode,
+    keep_alive,
+    read_message,
+)
 from cluster.step_message import Abort, Hello, RequestProblem, StepMessage
-from engine import Request
+from engine import NanoserveError, Request
 
 CONNECT_SECONDS = 10.0
 
@@ -19,7 +30,7 @@ class StepLink:
         self._reader = reader
         self._writer = writer
         self._numbers = itertools.count()
-        self._answers: dict[int, asyncio.Future[SubmissionAnswer]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._is_closed = False
 
     @classmethod
@@ -40,22 +51,38 @@ class StepLink:
         """What the replica says; raises `ConnectionError` when it is gone."""
         while True:
             message = await read_message(self._reader)
-            if not isinstance(message, SubmissionAnswer):
+            if not isinstance(message, SubmissionAnswer | InquiryAnswer):
                 yield message
             elif (answer := self._answers.pop(message.number, None)) is not None and not answer.done():
                 answer.set_result(message)
 
     async def submit(self, requests: Sequence[Request], aborted: Sequence[Abort]) -> list[RequestProblem | None]:
         """Queue and end requests; raises what the engine raised, or `ConnectionError`."""
-        if self._is_closed:
-            raise ConnectionResetError("The connection was closed.")
-        number = next(self._numbers)
-        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        number, answer = self._next()
         self._writer.write(encode(Submission(number, requests, aborted)))
         result: SubmissionAnswer = await answer
         if result.error is not None:
             raise result.error
         return result.problems
+
+    async def ask(self, question: Question) -> Answer:
+        """What the replica answers; raises what it raised, or `ConnectionError`."""
+        number, answer = self._next()
+        self._writer.write(encode(Inquiry(number, question)))
+        try:
+            result: InquiryAnswer = await answer
+        finally:
+            self._answers.pop(number, None)  # who waits no longer must not be remembered for ever
+        if result.answer is None:
+            raise result.error or NanoserveError("The replica gave no answer.")
+        return result.answer
+
+    def _next(self) -> "tuple[int, asyncio.Future[Any]]":
+        if self._is_closed:
+            raise ConnectionResetError("The connection was closed.")
+        number = next(self._numbers)
+        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        return number, answer
 
     def _close(self) -> None:
         self._is_closed = True

@@ -13,7 +13,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from engine import Batch, CacheCapacity, MemoryUse, NanoserveError, StepOutput
+from engine import Batch, CacheCapacity, MemoryUse, NanoserveError, RecordedStep, StepOutput
 
 _LENGTH = struct.Struct("<Q")
 _RECEIVE_BYTES = 1 << 18
@@ -54,7 +54,7 @@ class Stop:
     """The engine's last message: release the device and end."""
 
 
-Report = Hello | Progress | Doing | MemoryUse | CacheCapacity | Failed | StepOutput
+Report = Hello | Progress | Doing | MemoryUse | CacheCapacity | Failed | RecordedStep | StepOutput
 Command = Batch | Stop
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,18 @@ from ray.exceptions import RayError
 
 from cluster.rank import Rank
 from cluster.rank_meter import RankMeter
+from cluster.step_recorder import StepRecorder
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankLink, Report, Stop, encode
-from engine import Batch, CacheCapacity, EngineConfig, EngineDeadError, MemoryUse, NanoserveError, StepOutput
+from engine import (
+    Batch,
+    CacheCapacity,
+    EngineConfig,
+    EngineDeadError,
+    MemoryUse,
+    NanoserveError,
+    RecordedStep,
+    StepOutput,
+)
 
 DIAGNOSIS_SECONDS = 2.0  # Ray tells why a process died a moment after its socket closed
 CLOSE_SECONDS = 5.0
@@ -36,7 +47,7 @@ class WorkerGroup:
     """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank.
 
     While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. Once started,
-    `memory` has what each rank's process holds, and `meters` what it has done.
+    `memory` has what each rank's process holds, and `meters` what it has done; `recorder` can have a step recorded.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class WorkerGroup:
         self._waiting: deque[asyncio.Future[StepOutput]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._collapse: asyncio.Task[None] | None = None
+        self.recorder = StepRecorder(len(rank_options))
         self.pids: dict[int, int] = {}
         self.memory: list[MemoryUse] = []
         self.meters: list[RankMeter] = []
@@ -102,7 +114,7 @@ class WorkerGroup:
             future.set_exception(self.death)
             return future
         self._waiting.append(future)
-        frame = encode(batch)
+        frame = encode(replace(batch, is_recorded=True) if self.recorder.begins(batch.step) else batch)
         for link in self._links.values():
             link.send(frame, loop)
         return future
@@ -154,6 +166,8 @@ class WorkerGroup:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(report)
+        elif isinstance(report, RecordedStep):
+            self.recorder.take(report)
         elif isinstance(report, Failed):
             self._begin_collapse(rank, report.error)
 
@@ -254,7 +268,7 @@ class _Start:
                 self._capacities.append(report)
             case Failed(error=error):
                 raise self._find_cause(error, links)
-            case StepOutput():
+            case StepOutput() | RecordedStep():
                 raise AssertionError("a rank answered a step that nobody sent")
 
     def _find_cause(self, first: NanoserveError, links: dict[int, RankLink]) -> NanoserveError:

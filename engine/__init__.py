@@ -28,9 +28,12 @@ from engine.memory_budget import check_host_memory
 from engine.memory_use import MemoryMeter, MemoryPart, MemoryUse
 from engine.model_config import DType, ModelConfig
 from engine.number_format import NumberFormat
+from engine.recorded_step import RecordedStep
 from engine.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprob, TokenOutput
 from engine.simulated_executor import SimulatedExecutor
 from engine.stats import EngineStats
+from engine.step_picture import draw_notice, draw_recorded_step
+from engine.user_cache import cache_directory
 from engine.weights import check_checkpoint
 from engine.workloads.length_distribution import LengthRange
 from engine.workloads.named_workload import WorkloadName
@@ -67,6 +70,7 @@ __all__ = [
     "OutputSink",
     "PipelineMode",
     "PlannedRequest",
+    "RecordedStep",
     "Request",
     "RequestError",
     "RequestId",
@@ -80,8 +84,11 @@ __all__ = [
     "Workload",
     "WorkloadName",
     "WorkloadSource",
+    "cache_directory",
     "check_checkpoint",
     "check_cpu",
     "check_host_memory",
+    "draw_notice",
+    "draw_recorded_step",
     "resident_memory",
 ]

@@ -37,7 +37,8 @@ class Batch:
     indices into the S sequences, ascending; the token drawn for sequence i is written to the token pool at
     `[rows[i], starts[i] + counts[i]]`. `block_updates` [U, 3] are (row, index in the row's block table, block id),
     applied before the step, after the admissions. `repeats`: the step before was of the same decodes and nothing else,
-    so that `rows`, `counts` and `sampled` are its own and `starts` are one larger.
+    so that `rows`, `counts` and `sampled` are its own and `starts` are one larger. `is_recorded`: every rank shall tell
+    what ran when (`engine.recorded_step`).
     """
 
     step: int
@@ -49,6 +50,7 @@ class Batch:
     num_decodes: int
     sampled: IntArray
     repeats: bool = False
+    is_recorded: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ from engine.input_preparation import InputPreparation, PreparedStep
 from engine.kv_cache import KVCache
 from engine.layers.attention import DecodeAttention
 from engine.models.decoder import Decoder
-from engine.pending_step import PendingStep, StepClock
+from engine.pending_step import PendingStep
 from engine.pipeline.capture import Captures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.padded_layers import PaddedLayers
@@ -27,7 +27,9 @@ from engine.pipeline.plan_choice import SEQUENTIAL, PlanChoice
 from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Cost, Stopwatch
+from engine.recorded_step import RecordedStep, in_nano_batch, middle_layers
 from engine.sampler import Drawn, sample
+from engine.step_clock import StepClock
 
 
 class ModelRunner:
@@ -42,10 +44,12 @@ class ModelRunner:
         device: torch.device,
         plans: PlanSet | None = None,
         *,
+        rank: int = 0,
         returns_logprobs: bool = True,
         uses_gpu_kernels: bool = False,
     ) -> None:
         self._config = config
+        self._rank = rank
         self._model = model
         self._kv_cache = kv_cache
         self.padded: PaddedSteps | None = None
@@ -94,7 +98,7 @@ class ModelRunner:
     def launch(self, batch: Batch) -> PendingStep:
         """Start one step; on a CPU it is over on return."""
         clock = StepClock(self.device)
-        stopwatch = Stopwatch()
+        stopwatch = Stopwatch(rank=self._rank, records_events=batch.is_recorded)
         ran = self._run(batch, stopwatch, clock)
         drawn = None
         if ran.hidden is not None and len(batch.sampled):
@@ -114,12 +118,29 @@ class ModelRunner:
             plan_name=ran.plan,
             times=times,
             num_padding_tokens=ran.num_padding_tokens,
+            recorded=self._recorded(batch, ran.plan, ran.schedule, stopwatch) if batch.is_recorded else None,
+        )
+
+    def _recorded(self, batch: Batch, plan: str, schedule: Schedule, stopwatch: Stopwatch) -> RecordedStep:
+        """The step that has just run."""
+        cut = schedule.cut.scaled(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        events = stopwatch.events or []
+        return RecordedStep(
+            rank=self._rank,
+            step=batch.step,
+            plan=plan,
+            num_tokens=batch.num_tokens,
+            num_decodes=batch.num_decodes,
+            began=stopwatch.began,
+            seconds=max((event.end for event in events), default=0.0),
+            events=tuple(in_nano_batch(event, cut) for event in middle_layers(events)),
         )
 
     def _run(self, batch: Batch, stopwatch: Stopwatch, clock: StepClock) -> "_Ran":
         """Compute its hidden states."""
         name, schedule = self.plans.of(batch.num_decodes, batch.num_tokens - batch.num_decodes)
-        padded = None if self.padded is None else self.padded.of(batch, schedule)
+        # A graph is one launch: what runs in it when, only the operations one by one can tell.
+        padded = None if self.padded is None or batch.is_recorded else self.padded.of(batch, schedule)
         if self.padded is not None and padded is not None:
             bucket = padded.step.bucket
             prepared = self._preparation.prepare_padded(

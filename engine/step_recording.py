@@ -5,7 +5,6 @@ of median length is kept with all its events. Ranks of one machine read the same
 """
 
 import statistics
-from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,6 @@ from engine.config import DeviceKind, PipelineMode
 from engine.errors import ConfigError
 from engine.local_group import LocalGroup
 from engine.pipeline.lanes import Lanes, lanes_for
-from engine.pipeline.nano_batch import Cut
 from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
 from engine.pipeline.plan_choice import SEQUENTIAL
 from engine.pipeline.rank_agreement import RankAgreement
@@ -23,6 +21,7 @@ from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
 from engine.pipeline.timeline import Timeline, TimelineEvent
+from engine.recorded_step import in_nano_batch
 from engine.worker import Worker
 
 NUM_WARM_UPS = 2
@@ -91,7 +90,9 @@ class StepRecording:
         ]
         steps.sort(key=lambda events: max(event.end for event in events))
         cut = ranks[0].schedule.cut.scaled(int(shape.num_decodes), int(shape.num_prefills))
-        timeline = Timeline("", tuple(_placed(event, cut) for event in steps[len(steps) // 2]), is_predicted=False)
+        timeline = Timeline(
+            "", tuple(in_nano_batch(event, cut) for event in steps[len(steps) // 2]), is_predicted=False
+        )
         sequential = [max(seconds) for seconds in zip(*(rank.sequential_seconds for rank in ranks), strict=True)]
         return cls(
             plan_name=ranks[0].plan_name,
@@ -171,8 +172,3 @@ def _why_sequential(worker: Worker) -> str:
             "and give it with --schedule FILE"
         )
     return "the stored plans have none for such a batch"
-
-
-def _placed(event: TimelineEvent, cut: Cut) -> TimelineEvent:
-    """The event with the nano-batch that its tokens begin in."""
-    return replace(event, nano_batch=max(0, bisect_right(cut.borders[:-1], event.start_token) - 1))

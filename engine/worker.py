@@ -133,6 +133,7 @@ class Worker:
             cache,
             device,
             plans,
+            rank=self._rank,
             returns_logprobs=self._rank == 0,
             uses_gpu_kernels=uses_gpu_kernels,
         )

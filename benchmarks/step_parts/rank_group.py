@@ -133,6 +133,8 @@ class _Rank:
 
 
 class _Echo:
+    recorded = None
+
     def __init__(self, batch: Batch) -> None:
         self._output = StepOutput(step=batch.step, token_ids=batch.sampled)
 

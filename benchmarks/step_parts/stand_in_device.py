@@ -16,6 +16,7 @@ import numpy as np
 
 from engine import StepOutput
 from engine.pending_step import PendingStep
+from engine.recorded_step import RecordedStep
 
 NUM_STEPS: Final = 1 << 13  # of one engine, at most
 _POLL_SECONDS: Final = 1e-4
@@ -77,6 +78,11 @@ class StepOnDevice:
     step: int
     pending: PendingStep
     seconds: float
+
+    @property
+    def recorded(self) -> RecordedStep | None:
+        """What ran when, where the batch asked for it."""
+        return self.pending.recorded
 
     def wait(self) -> StepOutput:
         """Sleep until the device is done with it."""

@@ -28,7 +28,7 @@ class Stopwatch:
         self._flights: list[tuple[float, float]] = []
         self.events: list[TimelineEvent] | None = [] if records_events else None
         self.rank = rank
-        self._origin = time.perf_counter()
+        self.began = time.perf_counter()  # what the events count from
 
     @staticmethod
     def now() -> float:
@@ -90,8 +90,8 @@ class Stopwatch:
                 TimelineEvent(
                     operation=operation,
                     lane=lane,
-                    start=started - self._origin,
-                    end=(self.now() if ended is None else ended) - self._origin,
+                    start=started - self.began,
+                    end=(self.now() if ended is None else ended) - self.began,
                     layer=layer,
                     start_token=tokens[0],
                     stop_token=tokens[1],

@@ -20,7 +20,6 @@ from torch import Tensor
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
-from engine.pending_step import StepClock
 from engine.pipeline.agreed_captures import AgreedCaptures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
@@ -28,6 +27,7 @@ from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
 from engine.pipeline.trial_steps import TrialStep, TrialSteps
+from engine.step_clock import StepClock
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from cluster.engine_host import EngineHost
+from cluster.replica_report import Answer, Question
 from cluster.step_message import Abort, Hello, MetricsTarget, RequestProblem, StepMessage
 from engine import (
     Batch,
@@ -68,6 +69,11 @@ class LocalReplica:
         if self.fail_with is not None:
             raise self.fail_with
         return self.host.submit(ingress_id, requests, aborted)
+
+    async def ask(self, question: Question) -> Answer:
+        if self.fail_with is not None:
+            raise self.fail_with
+        return await self.host.answer(question)
 
     @property
     def num_open(self) -> int:

@@ -95,3 +95,17 @@ async def test_a_sample_that_fails_is_logged_once_and_sampling_goes_on(
     await asyncio.gather(task, return_exceptions=True)
     assert task.cancelled()
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["no numbers"]
+
+
+def test_rates_are_those_of_the_window() -> None:
+    now = 0.0
+    stats = EngineStats()
+    recent = RecentLosses(lambda: stats, lambda: now)
+    assert recent.tokens_per_second() == (0.0, 0.0)
+    for second in range(1, 31):
+        now = second
+        stats = EngineStats(num_prompt_tokens=100 * second, num_generated_tokens=7 * min(second, 25))
+        recent.sample()
+    prompt, generated = recent.tokens_per_second()
+    assert prompt == 100
+    assert generated == 7 * (25 - 21) / 9, "nine seconds, of which four generated tokens"

@@ -9,6 +9,7 @@ import pytest
 
 from cluster import step_door
 from cluster.dispatcher import Dispatcher
+from cluster.replica_report import Answer, Question, ReplicaReport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_door import KEY_BYTES, Invitation, StepDoor
 from cluster.step_link import StepLink
@@ -155,6 +156,10 @@ class DoorTransport:
         assert self.link is not None
         return await self.link.submit(requests, aborted)
 
+    async def ask(self, question: Question) -> Answer:
+        assert self.link is not None
+        return await self.link.ask(question)
+
 
 async def test_a_dispatcher_works_through_it(door: StepDoor, replica: LocalReplica) -> None:
     dispatcher = Dispatcher(RoutingPolicy(), lambda replica_id: DoorTransport(door), INGRESS)
@@ -201,3 +206,47 @@ async def test_a_request_that_cannot_even_be_read_ends_no_other(door: StepDoor) 
 async def collect(messages: AsyncGenerator[Hello | StepMessage, None]) -> None:
     async for _ in messages:
         pass
+
+
+async def test_questions_are_answered_beside_the_stream(door: StepDoor, replica: LocalReplica) -> None:
+    async with door.invited("i1", INGRESS) as guest, StepLink.connected(guest.invitation) as link:
+        messages = link.messages()
+        await next_hello(link, messages)
+
+        async def read() -> None:
+            async for _ in messages:
+                pass
+
+        reading = asyncio.create_task(read())
+        assert await link.submit([request("r", max_tokens=200)], []) == [None]
+        report = await link.ask(Question.REPORT)
+        assert isinstance(report, ReplicaReport)
+        assert report.num_running + report.num_waiting == 1
+        assert await link.ask(Question.STEP) == (), "there are no ranks that could record one"
+        reports = await asyncio.gather(*(link.ask(Question.REPORT) for _ in range(20)))
+        assert len(reports) == 20
+        impatient = asyncio.create_task(link.ask(Question.REPORT))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert isinstance(await link.ask(Question.REPORT), ReplicaReport)
+        assert not link._answers, "who waits no longer is forgotten"
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def test_a_question_that_fails_ends_no_stream(
+    door: StepDoor, replica: LocalReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(question: Question) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(replica.host, "answer", fail)
+    async with door.invited("i1", INGRESS) as guest, StepLink.connected(guest.invitation) as link:
+        messages = link.messages()
+        await next_hello(link, messages)
+        asked = asyncio.create_task(link.ask(Question.REPORT))
+        while not asked.done():
+            await anext(messages)
+        with pytest.raises(NanoserveError, match="odd"):
+            await asked
+        assert isinstance(await anext(messages), StepMessage)

@@ -107,6 +107,25 @@ async def test_two_ranks_draw_the_tokens_of_one_process(config: EngineConfig) ->
     await twin.close()
 
 
+async def test_a_step_is_recorded_by_every_rank_and_draws_the_same(config: EngineConfig) -> None:
+    group = WorkerGroup(config, RANK_OPTIONS)
+    engine = LLMEngine(config, group)
+    await engine.start()
+    assert await group.recorder.record(0.1) == (), "idle"
+    expected = await tokens(engine)
+    asked = asyncio.create_task(group.recorder.record(30.0))
+    await asyncio.sleep(0)
+    assert await tokens(engine) == expected
+    ranks = await asked
+    assert [rank.rank for rank in ranks] == [0, 1]
+    assert len({rank.step for rank in ranks}) == 1
+    for rank in ranks:
+        assert {event.rank for event in rank.events} == {rank.rank}
+        assert {event.lane.value for event in rank.events} == {"compute", "network"}
+    assert abs(ranks[0].began - ranks[1].began) < 60, "both read the machine's clock"
+    await engine.close()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 async def test_a_killed_rank_ends_every_request_at_once_by_name(config: EngineConfig, rank: int) -> None:
     group = WorkerGroup(config, RANK_OPTIONS)

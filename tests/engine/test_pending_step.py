@@ -8,9 +8,9 @@ import pytest
 from engine import input_preparation
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
-from engine.pending_step import StepClock
 from engine.pipeline.fused_run import FusedRun
 from engine.staging import stage
+from engine.step_clock import StepClock
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, config_of, runner_of
 from tests.engine.pipeline.deferred_cuda import DEVICE as CUDA
