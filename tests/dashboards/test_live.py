@@ -163,7 +163,9 @@ def test_a_replica_that_dies_is_replaced_on_the_lists_too(loaded: Live) -> None:
 
     until(replaced, 120, "its successor to be scraped")
     until(lambda: loaded.value("max(nanoserve_replicas_ready)") == 2, 30, "two replicas to be ready")
-    assert loaded.value('count(up{job="nanoserve"} == 0)') is None, "what died is not a target that is down"
+    until(
+        lambda: loaded.value('count(up{job="nanoserve"} == 0)') is None, 60, "the dead one to be no target that is down"
+    )
 
 
 def test_an_application_that_is_deployed_anew_and_smaller_is_followed(loaded: Live) -> None:
