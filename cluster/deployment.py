@@ -15,6 +15,7 @@ from ray import serve
 from cluster import app, startup
 from cluster.config import ServingConfig
 from cluster.narrator import Narrator, StartError
+from cluster.replica_start import ReplicaStart
 
 ANSWER_SECONDS = 60.0
 SILENCE_SECONDS = 10.0  # how long replicas may wait for their place before we say why
@@ -71,7 +72,7 @@ class Deployment:
                     self._narrator.say(obstacle)
             time.sleep(_POLL_SECONDS)
 
-    def _tell(self, reports: Collection[startup.ReplicaStart]) -> int:
+    def _tell(self, reports: Collection[ReplicaStart]) -> int:
         """Say how far the replicas are; how many are ready. Raises what stopped one."""
         for report in reports:
             if report.error is not None:

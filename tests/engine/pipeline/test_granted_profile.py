@@ -83,9 +83,9 @@ def test_every_share_is_measured_by_every_mechanism() -> None:
     granted = [16, 24, 40, 56, 64, 76, 92, 108, 116, 132]
     for node in (*COMPUTING, ATTENTION):
         by = {mechanism: profile.by(mechanism).nodes[node.name].modes for mechanism in Mechanism}
-        assert [(mode.share, mode.speed) for mode in by[Mechanism.STREAMS]] == [
-            (share, pytest.approx(granted[share - 1] / NUM_UNITS)) for share in range(1, 11)
-        ]
+        assert {mode.share: mode.speed for mode in by[Mechanism.STREAMS]} == pytest.approx(
+            {share: granted[share - 1] / NUM_UNITS for share in range(1, 11)}
+        )
         shares = [2, 3, 4, 5] if node is ATTENTION else [5, 6, 7, 8]
         assert [mode.share for mode in by[Mechanism.GREEN]] == [*shares, 10]
         parts = {2: 24, 3: 40, 4: 56, 5: 64, 6: 76, 7: 92, 8: 108, 10: 132}
@@ -93,17 +93,17 @@ def test_every_share_is_measured_by_every_mechanism() -> None:
             parts[5] = 68  # what the driver leaves of a split at 64
         for mode in by[Mechanism.GREEN]:
             assert mode.speed == pytest.approx(parts[mode.share] / NUM_UNITS)
-        assert [(mode.share, mode.speed) for mode in by[Mechanism.CORESIDENT]] == [(10, pytest.approx(0.8))]
+        assert {mode.share: mode.speed for mode in by[Mechanism.CORESIDENT]} == pytest.approx({10: 0.8})
     for mechanism in Mechanism:
         pairs = {(pair.node, pair.beside): pair.speed for pair in profile.by(mechanism).interference}
         assert pairs.keys() == {
             pair for node in COMPUTING for pair in ((node.name, ATTENTION.name), (ATTENTION.name, node.name))
         }
         assert all(speed < 1 for speed in pairs.values())
-    limited = {"num_units": 92, "is_apart": False}, {"num_units": 40, "is_apart": False}
+    limited = [UnitGrant(num_units=num_units, is_apart=False) for num_units in (92, 40)]
     beside = UnitGrant(num_units=132, is_apart=False, has_guest=True)
     assert timer.paired == {
-        ("main", UnitGrant(**limited[0]), "high", UnitGrant(**limited[1])),
+        ("main", limited[0], "high", limited[1]),
         ("part", UnitGrant(num_units=92), "part", UnitGrant(num_units=40)),
         ("main", beside, "high", beside),
     }

@@ -87,7 +87,9 @@ def run_script(runner: ModelRunner, draw: random.Random) -> tuple[list[list[int]
     left = {row: len(prompt) for row, prompt in PROMPTS.items()}
     for row, prompt in PROMPTS.items():
         script.admit(row, prompt, GREEDY)
-    drawn, decoding, num_by_plan = [], [], 0
+    drawn: list[Any] = []
+    decoding: list[int] = []
+    num_by_plan = 0
     for _ in range(NUM_STEPS):
         decodes = [row for row in decoding if draw.random() < 0.8]
         room, prefills = runner._config.max_batch_tokens - draw.randint(0, 5) - len(decodes), []

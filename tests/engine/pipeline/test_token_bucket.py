@@ -98,8 +98,8 @@ def test_every_batch_that_has_room_is_dealt(bucket: TokenBucket, num_decodes: in
     pieces = chunk_pieces(dealt, batch.counts[num_decodes:])
     assert [sum(size for _, _, size in mine) for mine in pieces] == [each.num_prefills for each in dealt.nano_batches]
     done = [0] * len(chunks)
-    for mine in pieces:
-        for chunk, before, size in mine:
+    for those in pieces:
+        for chunk, before, size in those:
             assert before == done[chunk], "pieces of a chunk follow each other"
             done[chunk] += size
     assert done == chunks
