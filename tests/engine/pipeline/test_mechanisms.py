@@ -254,7 +254,8 @@ def test_a_product_in_fp8_leaves_room_too_where_its_columns_let_it(num_outputs: 
 
     def noted(*operands: Any, **options: Any) -> torch.Tensor:
         sizes.append(options["config"].num_stages)
-        return real(*operands, **options)
+        product: torch.Tensor = real(*operands, **options)
+        return product
 
     output = torch.empty_like(expected)
     with pytest.MonkeyPatch.context() as patch:
