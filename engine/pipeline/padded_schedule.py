@@ -21,6 +21,7 @@ from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.schedule import Schedule, ScheduleError, Step
 from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket, most_chunks
+from engine.pipeline.verify import verify
 
 MOST_NANO_BATCHES = 8
 # Nano-batches end where tiles of products do, as long as that moves them by no more than this part of a step.
@@ -90,15 +91,18 @@ def padded_schedule(
         )
     )
     rows = Cut(tuple(NanoBatch(each.num_lanes, each.num_tokens - each.num_lanes) for each in bucket.nano_batches))
-    return PaddedSchedule(
-        schedule=replace(
-            schedule,
-            cut=rows,
-            lanes={lane: tuple(step for group in steps for step in group) for lane, steps in lanes.items()},
-            starts=tuple(lane for lane in schedule.starts for _ in next(queues[lane])),
-        ),
-        bucket=bucket,
+    moved = replace(
+        schedule,
+        cut=rows,
+        lanes={lane: tuple(step for group in steps for step in group) for lane, steps in lanes.items()},
+        starts=tuple(lane for lane in schedule.starts for _ in next(queues[lane])),
     )
+    if moved.starts:
+        try:
+            verify(moved, graph)
+        except ScheduleError:  # a part may wait for more than what it is a part of: lanes then decide by themselves
+            moved = replace(moved, starts=())
+    return PaddedSchedule(schedule=moved, bucket=bucket)
 
 
 def _parts(cut: Cut, borders: Sequence[int], num_tokens: int) -> list[_Part]:

@@ -127,6 +127,22 @@ def test_decodes_may_have_a_nano_batch_of_their_own() -> None:
     verify(padded.schedule, GRAPH)
 
 
+def test_an_order_of_starts_that_parts_cannot_keep_is_left_out() -> None:
+    """All decodes are in the first half of the head as planned, and may be in both here."""
+    schedule = Schedule.parse(
+        "nano-batches: 256+768\ncompute: qkv_proj[0:512] qkv_proj[512:1024] prefill_attention[256:1024] o_proj[0:1024]"
+        " gate_up_proj[0:1024] down_proj[0:1024]\nmemory: decode_attention[0:256]\nstarts: CMCCCCC\n"
+    )
+    verify(schedule, GRAPH)
+    padded = padded_schedule(schedule, GRAPH, 1024, 768, 1024)
+    assert padded.schedule.starts == ()
+    verify(padded.schedule, GRAPH)
+    in_order = Schedule.parse(str(schedule).replace("CMCCCCC", "CCMCCCC"))
+    kept = padded_schedule(in_order, GRAPH, 1024, 768, 1024).schedule
+    assert "starts: CCMMCCCCC\n" in str(kept)
+    verify(kept, GRAPH)
+
+
 @given(graph=any_graph(), data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_a_padded_schedule_is_right_whatever_its_rows_hold(graph: OperationGraph, data: st.DataObject) -> None:
