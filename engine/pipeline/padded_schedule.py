@@ -6,8 +6,9 @@ lanes and prefill attention over all its rows, each leaving alone what belongs t
 a nano-batch, the nano-batch is: each part has lanes and chunks of its own, so that a piece of decode attention has as
 large a part of the decodes as the plan gave it, however many there are. Attention goes over each part by itself.
 
-Every step then has whole parts, and where there are both kinds every part counts as having both. So dependencies and
-lifetimes, which are derived from kinds and ranges, hold for whatever mix is there.
+Every step then has whole parts, and a part of a nano-batch with both kinds counts as having both. So dependencies and
+lifetimes, which are derived from kinds and ranges, hold for whatever mix is there. A nano-batch that was planned for
+one kind alone stays so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.schedule import Schedule, ScheduleError, Step
 from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket, most_chunks
+from engine.pipeline.verify import verify
 
 MOST_NANO_BATCHES = 8
 # Nano-batches end where tiles of products do, as long as that moves them by no more than this part of a step.
@@ -61,41 +63,46 @@ def padded_schedule(
 
     Raises `ScheduleError` where it cannot be told without naming the tokens.
     """
-    alone = [
-        each for each in schedule.cut.nano_batches if each.num_tokens and 0 in (each.num_decodes, each.num_prefills)
-    ]
-    if schedule.cut.num_decodes and schedule.cut.num_prefills and alone:
+    cut = schedule.cut
+    if (
+        cut.num_decodes
+        and cut.num_prefills
+        and not any(each.num_decodes and each.num_prefills for each in cut.nano_batches)
+    ):
         raise ScheduleError(
-            f"a nano-batch of {alone[0].num_decodes} decodes and {alone[0].num_prefills} prefill tokens, beside others "
-            "with the other kind, has a place for that mix alone: each must have some of both."
+            "its nano-batches have decodes or prefill tokens alone, and a place for one mix alone: one must have both."
         )
     borders = _Borders(schedule, {node.name: node.tokens for node in graph.nodes})
-    parts = _with_lanes(schedule.cut, _parts(schedule.cut, borders.all, num_tokens), min(most_decodes, max_sequences))
+    parts = _with_lanes(cut, _parts(cut, borders.all, num_tokens), min(most_decodes, max_sequences))
     lanes = {
         lane: [[replace(step, start=start, stop=stop) for start, stop in borders.rows(step, parts)] for step in steps]
         for lane, steps in schedule.lanes.items()
     }
     queues = {lane: iter(steps) for lane, steps in lanes.items()}
+    has_chunks = [cut.nano_batches[part.number].num_prefills > 0 for part in parts]
     bucket = TokenBucket(
         tuple(
             PaddedNanoBatch(
                 num_tokens=part.num_rows,
                 num_lanes=part.num_lanes,
-                num_chunks=most_chunks(part.num_rows, max_sequences) if schedule.cut.num_prefills else 0,
+                num_chunks=most_chunks(part.num_rows, max_sequences) if can_have else 0,
             )
-            for part in parts
+            for part, can_have in zip(parts, has_chunks, strict=True)
         )
     )
-    cut = Cut(tuple(NanoBatch(each.num_lanes, each.num_tokens - each.num_lanes) for each in bucket.nano_batches))
-    return PaddedSchedule(
-        schedule=replace(
-            schedule,
-            cut=cut,
-            lanes={lane: tuple(step for group in steps for step in group) for lane, steps in lanes.items()},
-            starts=tuple(lane for lane in schedule.starts for _ in next(queues[lane])),
-        ),
-        bucket=bucket,
+    rows = Cut(tuple(NanoBatch(each.num_lanes, each.num_tokens - each.num_lanes) for each in bucket.nano_batches))
+    moved = replace(
+        schedule,
+        cut=rows,
+        lanes={lane: tuple(step for group in steps for step in group) for lane, steps in lanes.items()},
+        starts=tuple(lane for lane in schedule.starts for _ in next(queues[lane])),
     )
+    if moved.starts:
+        try:
+            verify(moved, graph)
+        except ScheduleError:  # a part may wait for more than what it is a part of: lanes then decide by themselves
+            moved = replace(moved, starts=())
+    return PaddedSchedule(schedule=moved, bucket=bucket)
 
 
 def _parts(cut: Cut, borders: Sequence[int], num_tokens: int) -> list[_Part]:
@@ -112,20 +119,24 @@ def _parts(cut: Cut, borders: Sequence[int], num_tokens: int) -> list[_Part]:
 
 
 def _with_lanes(cut: Cut, parts: list[_Part], most_decodes: int) -> list[_Part]:
-    """The parts with lanes for that many decodes, in the proportions of the plan; where there are prefill tokens, with
-    a row for one.
+    """The parts with lanes for that many decodes: all rows where nothing else can be, and in the others, in the
+    proportions of the plan, as many more as are wanted; but a row for a prefill token.
     """
-    if not cut.num_prefills or not cut.num_decodes:
-        return [replace(part, num_lanes=part.num_rows if cut.num_decodes else 0) for part in parts]
     rows = [0] * len(cut.nano_batches)
     for part in parts:
         rows[part.number] += part.num_rows
-    found: list[_Part] = []
-    for part in parts:
-        decodes = cut.nano_batches[part.number].num_decodes * part.num_rows / rows[part.number]
-        wanted = ceil(most_decodes * decodes / cut.num_decodes)
-        found.append(replace(part, num_lanes=min(max(1, wanted), part.num_rows - 1)))
-    return found
+    planned = [cut.nano_batches[part.number] for part in parts]
+    alone = [0 if each.num_prefills else part.num_rows for part, each in zip(parts, planned, strict=True)]
+    wanted = max(0, most_decodes - sum(alone))
+    shares = [
+        each.num_decodes * part.num_rows / rows[part.number] if each.num_prefills else 0.0
+        for part, each in zip(parts, planned, strict=True)
+    ]
+    mixed = [
+        min(part.num_rows - 1, max(1, ceil(wanted * share / sum(shares)))) if share else 0
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    return [replace(part, num_lanes=max(*lanes)) for part, *lanes in zip(parts, alone, mixed, strict=True)]
 
 
 class _Borders:

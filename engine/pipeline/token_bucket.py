@@ -72,10 +72,16 @@ class TokenBucket:
         return np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in ranges])
 
     def _dealt(self, num_decodes: int, num_prefills: int) -> Cut | None:
-        """Decodes by lanes, prefill tokens by the rows that are left."""
+        """Decodes by lanes, prefill tokens by the rows that are left; but first of all decodes where nothing else can
+        be, because a row that they leave there is nobody's.
+        """
         if num_decodes > sum(each.num_lanes for each in self.nano_batches):
             return None
-        decodes = _shared([each.num_lanes for each in self.nano_batches], num_decodes)
+        alone = [0 if each.num_chunks else each.num_lanes for each in self.nano_batches]
+        num_alone = min(num_decodes, sum(alone))
+        mixed = [each.num_lanes if each.num_chunks else 0 for each in self.nano_batches]
+        parts = zip(_shared(alone, num_alone), _shared(mixed, num_decodes - num_alone), strict=True)
+        decodes = [sum(counts) for counts in parts]
         room = [
             each.num_tokens - own if each.num_chunks else 0
             for each, own in zip(self.nano_batches, decodes, strict=True)

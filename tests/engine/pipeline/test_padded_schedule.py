@@ -88,7 +88,7 @@ def test_pieces_of_decode_attention_have_their_part_of_the_decodes(
     [
         (str(PLAN), 4, "4 rows are too few to be cut like 2048 tokens"),
         (str(PLAN).replace("qkv_proj[0:512]", "unknown[0:512]"), 2048, "no such node"),
-        ("nano-batches: 512+0 0+512\ncompute: qkv_proj[0:1024]\n", 1024, "a nano-batch of 512 decodes and 0 prefill"),
+        ("nano-batches: 512+0 0+512\ncompute: qkv_proj[0:1024]\n", 1024, "a place for one mix alone"),
         (
             "nano-batches: 512+512\ncompute: "
             + " ".join(f"qkv_proj[{start}:{start + 64}]" for start in range(0, 1024, 64)),
@@ -112,6 +112,35 @@ def test_batches_of_one_kind_have_a_place_for_that_alone(text: str, lanes: int, 
     padded = padded_schedule(schedule, GRAPH, 1024, 1024, 1024)
     assert {(each.num_lanes, each.num_chunks) for each in padded.bucket.nano_batches} == {(lanes, chunks)}
     verify(padded.schedule, GRAPH)
+
+
+def test_decodes_may_have_a_nano_batch_of_their_own() -> None:
+    """As planners like it: the other one takes the rest of them, and all prefill tokens."""
+    schedule = Schedule.parse(
+        "nano-batches: 512+0 256+1280\ncompute: qkv_proj[0:512] qkv_proj[512:2048] prefill_attention[768:2048]"
+        " o_proj[0:512] gate_up_proj[0:512] down_proj[0:512] o_proj[512:2048] gate_up_proj[512:2048]"
+        " down_proj[512:2048]\nmemory: decode_attention[0:512] decode_attention[512:768]\n"
+    )
+    padded = padded_schedule(schedule, GRAPH, 2048, 1535, 1024)
+    rows = [(each.num_tokens, each.num_lanes, each.num_chunks) for each in padded.bucket.nano_batches]
+    assert rows == [(512, 512, 0), (1536, 512, 64)]
+    verify(padded.schedule, GRAPH)
+
+
+def test_an_order_of_starts_that_parts_cannot_keep_is_left_out() -> None:
+    """All decodes are in the first half of the head as planned, and may be in both here."""
+    schedule = Schedule.parse(
+        "nano-batches: 256+768\ncompute: qkv_proj[0:512] qkv_proj[512:1024] prefill_attention[256:1024] o_proj[0:1024]"
+        " gate_up_proj[0:1024] down_proj[0:1024]\nmemory: decode_attention[0:256]\nstarts: CMCCCCC\n"
+    )
+    verify(schedule, GRAPH)
+    padded = padded_schedule(schedule, GRAPH, 1024, 768, 1024)
+    assert padded.schedule.starts == ()
+    verify(padded.schedule, GRAPH)
+    in_order = Schedule.parse(str(schedule).replace("CMCCCCC", "CCMCCCC"))
+    kept = padded_schedule(in_order, GRAPH, 1024, 768, 1024).schedule
+    assert "starts: CCMMCCCCC\n" in str(kept)
+    verify(kept, GRAPH)
 
 
 @given(graph=any_graph(), data=st.data())
