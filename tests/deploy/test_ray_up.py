@@ -53,7 +53,8 @@ def test_what_was_started_can_be_ended_alone(host: EmulatedHost) -> None:
         assert len(host.processes()) > 10
         done = nanoserve_ray(host, "stop")
         assert done.returncode == 0, done.stdout
-        assert {pid for pid, line in host.processes().items() if "ssh" not in line} == others
+        left = {pid: line for pid, line in host.processes().items() if "ssh" not in line}
+        assert left.keys() == others, left
 
 
 def test_it_serves(host: EmulatedHost, file: Path) -> None:
