@@ -9,9 +9,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cluster.process_tree import descendants
 
 MARK = "NANOSERVE_NODE"
 _PROC = Path("/proc")
@@ -67,27 +69,38 @@ def start_apart(command: Sequence[str], environment: Mapping[str, str], director
 
 
 def end_marked(mark: str, patience: float = 10.0) -> int:
-    """End every process with this mark, first by asking; returns how many there were."""
-    number = signal.SIGTERM
-    first = _signal(mark, number)
+    """End every process with this mark and those below it, first by asking; returns how many there were.
+
+    Below it, since a process that has changed its title, as many of Ray's have, shows no environment any more.
+    """
+    targets = _family(mark)
+    num_found = len(targets)
+    _signal(targets, signal.SIGTERM)
     deadline = time.monotonic() + patience
-    while _living(mark):
+    while targets := {process_id for process_id in targets if _is_alive(process_id)} | _family(mark):
         if time.monotonic() > deadline:
-            _signal(mark, signal.SIGKILL)
+            _signal(targets, signal.SIGKILL)
         time.sleep(0.1)
-    return first
+    return num_found
 
 
-def _living(mark: str) -> list[int]:
-    return [process.process_id for process in marked_processes() if process.mark == mark]
+def _family(mark: str) -> set[int]:
+    marked = {process.process_id for process in marked_processes() if process.mark == mark}
+    return marked.union(*map(descendants, marked)) - _ancestors()
 
 
-def _signal(mark: str, number: signal.Signals) -> int:
-    processes = _living(mark)
+def _is_alive(process_id: int) -> bool:
+    try:
+        state = (_PROC / str(process_id) / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def _signal(processes: Iterable[int], number: signal.Signals) -> None:
     for process_id in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, number)
-    return len(processes)
 
 
 def _ancestors() -> set[int]:

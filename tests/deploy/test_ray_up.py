@@ -53,7 +53,8 @@ def test_what_was_started_can_be_ended_alone(host: EmulatedHost) -> None:
         assert len(host.processes()) > 10
         done = nanoserve_ray(host, "stop")
         assert done.returncode == 0, done.stdout
-        assert {pid for pid, line in host.processes().items() if "ssh" not in line} == others
+        left = {pid: line for pid, line in host.processes().items() if "ssh" not in line}
+        assert left.keys() == others, left
 
 
 def test_it_serves(host: EmulatedHost, file: Path) -> None:
@@ -118,9 +119,9 @@ def test_another_port_needs_another_cluster(host: EmulatedHost, tmp_path: Path) 
 
 
 def test_ray_down_leaves_nothing_running(host: EmulatedHost, file: Path) -> None:
-    assert len(host.processes()) > 10
     # Where the last `ray up` failed, `ray down` of Ray 2.60 takes the head for gone and stops nothing.
     assert ray(host, "up", "-y", str(file)).returncode == 0
+    assert len(host.processes()) > 10
     done = ray(host, "down", "-y", str(file))
     assert done.returncode == 0, done.stdout
     host.wait_until_idle(120)
