@@ -1,7 +1,8 @@
 """`Dispatcher`: the open requests of one ingress: routes them, hears of their tokens, ends them. No HTTP, no Ray.
 
 Each HTTP call opens an `OpenCall` with its requests; outputs arrive from the replicas' streams, one message per step,
-and are handed to the calls they belong to. When a replica is lost, every request open there ends with an
+and are handed to the calls they belong to: the first and the last of a call at once, those between at a `WritePace`
+that leaves the cores to the engine. When a replica is lost, every request open there ends with an
 `EngineDeadError`; `_on_lost_request` is where continuing it elsewhere will go.
 """
 
@@ -13,6 +14,7 @@ from enum import StrEnum
 from cluster.replica_stream import ReplicaStream, ReplicaTransport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
+from cluster.write_pace import WritePace
 from engine import EngineDeadError, FinishReason, NanoserveError, Request, RequestError, RequestId, TokenOutput
 
 
@@ -43,12 +45,14 @@ class Dispatcher:
         connect: Callable[[str], ReplicaTransport],
         metrics: MetricsTarget,
         on_routed: Callable[[str, int], None] = lambda replica_id, cached_tokens: None,
+        pace: WritePace | None = None,
         on_replica: Callable[[ReplicaEvent], None] = lambda event: None,
     ) -> None:
         self._policy = policy
         self._connect = connect
         self._metrics = metrics
         self._on_routed = on_routed
+        self._pace = pace or WritePace()
         self._on_replica = on_replica
         self._streams: dict[str, ReplicaStream] = {}
         self._draining: dict[str, ReplicaStream] = {}
@@ -127,7 +131,7 @@ class Dispatcher:
         self._policy.observe(replica_id, message.load)
         if message.ingresses is not None:
             self._ingresses_of[replica_id] = message.ingresses
-        touched: dict[int, OpenCall] = {}
+        touched: set[OpenCall] = set()
         for output in unpack(message.outputs):
             open_request = self._open.get(output.request_id)
             if open_request is None or open_request.replica_id != replica_id:
@@ -136,10 +140,12 @@ class Dispatcher:
             if output.finish_reason is not None:
                 self._end(output.request_id, is_complete=True)
             call = open_request.call
+            if not call.has_begun:
+                call.begin()
             call.outputs.append(output)
-            touched[id(call)] = call
-        for call in touched.values():
-            call.wake()
+            touched.add(call)
+        if touched:
+            self._pace.arrived(touched, len(self._open))
 
     def on_rejected(self, request_id: RequestId, error: RequestError) -> None:
         """The engine will never run this request."""
@@ -204,6 +210,7 @@ class OpenCall:
         self._error: NanoserveError | None = None
         self._wake = asyncio.Event()
         self.outputs: list[TokenOutput] = []
+        self.has_begun = False
 
     def __enter__(self) -> "OpenCall":
         return self
@@ -239,6 +246,11 @@ class OpenCall:
     def abort(self, request_ids: Iterable[RequestId], reason: FinishReason = FinishReason.ABORT) -> None:
         """End requests of this call now."""
         self._dispatcher.abort(request_ids, reason)
+
+    def begin(self) -> None:
+        """Its first tokens are there, and nobody shall wait for those."""
+        self.has_begun = True
+        self.wake()
 
     def ended(self, request_id: RequestId) -> None:
         """The dispatcher will say no more about this request."""

@@ -48,7 +48,7 @@ class IngressProcess:
             lambda replica_id: ServeTransport(handle, replica_id),
             MetricsTarget("ingress", ingress_id, self._endpoint.address),
             metrics.routed,
-            metrics.replica_changed,
+            on_replica=metrics.replica_changed,
         )
         ReplicaBoard.named(board).listen(self._dispatcher.set_replicas)
         model = ServedModel(

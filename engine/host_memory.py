@@ -14,6 +14,8 @@ _TRIM_THRESHOLD = -1  # names of mallopt(3), from malloc.h
 _MMAP_THRESHOLD = -3
 _LARGEST_RECYCLED = 32 * 2**20  # glibc accepts no more
 _KEPT_BYTES = 512 * 2**20
+_MADV_HUGEPAGE = 14  # of madvise(2), from mman.h
+_HUGE_PAGE = 2 * 2**20  # where pages are of 4 KiB; elsewhere a start that lies a little late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,19 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_RECYCLED)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def prefer_huge_pages(address: int, num_bytes: int) -> bool:
+    """Ask for the whole huge pages within `num_bytes` not yet written to be such; False where the system has none."""
+    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    length = (address + num_bytes) // _HUGE_PAGE * _HUGE_PAGE - first
+    if length <= 0:
+        return False
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    return bool(madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE) == 0)
 
 
 def return_freed_memory() -> bool:

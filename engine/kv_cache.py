@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.host_memory import prefer_huge_pages
 from engine.memory_budget import bytes_per_block
 
 
@@ -31,8 +32,13 @@ class KVCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys: tuple[Tensor, ...] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers))
-        self.values: tuple[Tensor, ...] = tuple(torch.zeros_like(keys) for keys in self.keys)
+        # One array, so that on a CPU it can lie in huge pages: attention reads tiles of a few KiB from all over it.
+        tiles = torch.empty(2 * num_layers, *shape, dtype=dtype, device=device)
+        if tiles.device.type == "cpu":
+            prefer_huge_pages(tiles.data_ptr(), tiles.nbytes)
+        tiles.zero_()
+        self.keys: tuple[Tensor, ...] = tiles[:num_layers].unbind()
+        self.values: tuple[Tensor, ...] = tiles[num_layers:].unbind()
 
     @classmethod
     def allocate(cls, config: EngineConfig, num_blocks: int, device: torch.device) -> "KVCache":
