@@ -110,7 +110,7 @@ def start(node: RayNode) -> bool:
 
     make_token() if node.is_head else require_token()
     directory = state_directory()
-    environment = node.environment(directory, write_wrapper(directory, get_haproxy_binary()))
+    environment = node.environment(directory, write_wrapper(directory, get_haproxy_binary(), node.address))
     mark = _mark(node, environment)
     os.environ.update(environment)
     found = {process.mark for process in marked_processes()}

@@ -50,7 +50,7 @@ GROUPS: Mapping[Part, tuple[str, ...]] = {
     ),
     Part.CO_RUN: ("co-run", "green"),
     Part.PROFILE: ("profile",),
-    Part.PIPELINE: ("pipeline",),
+    Part.PIPELINE: ("pipeline", "virtual ranks"),
     Part.THROUGHPUT: ("checkpoint", "start", "throughput", "CPU gap", "waterfall"),
     Part.PEERS: ("checkpoint", "peers"),
 }  # fmt: skip
