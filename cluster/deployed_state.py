@@ -31,9 +31,11 @@ class DeployedState:
         """What deploying `config` with the code at `root` would make."""
         content = hashlib.sha256(config.model_dump_json().encode())
         for package in _PACKAGES:
-            for file in sorted((root / package).rglob("*.py")):
-                content.update(str(file.relative_to(root)).encode())
-                content.update(file.read_bytes())
+            for file in sorted((root / package).rglob("*")):
+                path = file.relative_to(root)
+                if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in path.parts):
+                    content.update(str(path).encode())
+                    content.update(file.read_bytes())
         return cls(fingerprint=content.hexdigest(), host=config.host, port=config.port)
 
     def write(self) -> None:

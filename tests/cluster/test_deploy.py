@@ -77,7 +77,13 @@ def test_recipe_and_code_make_the_fingerprint(tmp_path: Path) -> None:
     assert first == DeployedState.of(config, tmp_path)
     assert first.fingerprint != DeployedState.of(config.model_copy(update={"replicas": 2}), tmp_path).fingerprint
     code.write_text("x = 2\n")
-    assert first.fingerprint != DeployedState.of(config, tmp_path).fingerprint
+    second = DeployedState.of(config, tmp_path)
+    assert first.fingerprint != second.fingerprint
+    (tmp_path / "engine" / "__pycache__").mkdir()
+    (tmp_path / "engine" / "__pycache__" / "a.pyc").write_bytes(b"made by running it")
+    assert second.fingerprint == DeployedState.of(config, tmp_path).fingerprint
+    (tmp_path / "cluster" / "page.js").write_text('"use strict";\n')
+    assert second.fingerprint != DeployedState.of(config, tmp_path).fingerprint, "what is served but no Python counts"
 
 
 def test_without_ray_on_this_machine_it_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
