@@ -79,10 +79,7 @@ ENGINE_METRICS = (
     EngineMetric("num_preemptions_total", "Sequences that gave up their blocks.", lambda s: s.num_preemptions, True),
     EngineMetric("engine_device_seconds_total", "Time the ranks computed.", lambda s: s.device_seconds, True),
     EngineMetric(
-        "engine_padding_tokens_total",
-        "Rows computed to fill a batch: 0 until steps are padded.",
-        lambda stats: stats.num_padding_tokens,
-        True,
+        "engine_padding_tokens_total", "Rows computed to fill a batch.", lambda stats: stats.num_padding_tokens, True
     ),
     EngineMetric("engine_schedule_seconds_total", "Time spent composing batches.", lambda s: s.schedule_seconds, True),
     EngineMetric("engine_busy_seconds_total", "Time with a step in flight.", lambda s: s.busy_seconds, True),
@@ -243,7 +240,7 @@ class IngressMetrics:
             "time_to_first_token_seconds", "From the request's last byte to its first token.", FIRST_TOKEN_BUCKETS
         )
         self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Between deliveries of tokens of a request.", TOKEN_BUCKETS
+            "inter_token_latency_seconds", "Between deliveries of tokens of a request, one or more each.", TOKEN_BUCKETS
         )
         self.time_per_output_token = histogram(
             "request_time_per_output_token_seconds", "Mean time per token after a request's first.", TOKEN_BUCKETS

@@ -151,7 +151,7 @@ def _latency() -> list[Any]:
         ),
         _quantiles(
             "Inter-token latency (ITL)",
-            "Between two deliveries of tokens of one request: what a reader sees as stutter.",
+            "Between two deliveries of tokens of one request, one or more each: what a reader sees as stutter.",
             "inter_token_latency_seconds",
         ),
         _quantiles(

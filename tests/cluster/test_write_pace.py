@@ -51,7 +51,7 @@ async def test_many_calls_are_woken_together_and_each_once() -> None:
     while not calls[2].times:
         await asyncio.sleep(0.005)
     assert [len(call.times) for call in calls] == [2, 1, 1]
-    assert calls[0].times[1] - calls[0].times[0] >= 0.05
+    assert calls[0].times[1] - calls[0].times[0] >= 0.049, "the pause began just before the first was woken"
 
 
 async def test_nothing_arrived_is_left_waiting_when_no_more_comes() -> None:
