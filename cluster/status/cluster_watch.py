@@ -50,6 +50,8 @@ class ClusterWatch:
         self._latencies = latencies
         self._seeing: asyncio.Task[ClusterView] | None = None
         self._seen_at = float("-inf")
+        self._reading: asyncio.Task[Mapping[str, ReplicaStart]] | None = None
+        self._starts: Mapping[str, ReplicaStart] = {}
 
     async def view(self) -> ClusterView:
         """How the cluster is, or was less than `FRESH_SECONDS` ago."""
@@ -86,11 +88,22 @@ class ClusterWatch:
         )
 
     async def _read_starts(self) -> Mapping[str, ReplicaStart]:
-        try:
-            return await asyncio.to_thread(self._deployment.read_starts)
-        except Exception:  # Ray's head is away: what serves goes on, and is to be seen
-            logger.warning("The starts of replicas cannot be read", exc_info=True)
-            return {}
+        """The starts, or those known last where Ray's head is away: what serves goes on, and is to be seen.
+
+        A read of a head that is away may last a minute. It is not waited for, nor is another begun beside it, since
+        each holds one of the threads that tokenise long prompts.
+        """
+        if self._reading is None:
+            self._reading = asyncio.create_task(asyncio.to_thread(self._deployment.read_starts), name="read starts")
+        reading = self._reading
+        await asyncio.wait([reading], timeout=REPORT_SECONDS)
+        if reading.done():
+            self._reading = None
+            if (error := reading.exception()) is None:
+                self._starts = reading.result()
+            else:
+                logger.warning("The starts of replicas cannot be read: %s", error)
+        return self._starts
 
     def _ingress(self) -> IngressView:
         return IngressView(

@@ -1,6 +1,8 @@
 """What `GET /cluster` is made of: the states of replicas, sums, restarts, and one look for many who ask."""
 
 import asyncio
+import itertools
+import threading
 from typing import Any
 
 from cluster.recent_latencies import RecentLatencies
@@ -107,3 +109,24 @@ async def test_what_serves_is_seen_also_while_rays_head_is_away() -> None:
     deployment = Deployment(models=("m",), read_starts=read_starts)
     watch = ClusterWatch(deployment, _Dispatcher(), RecentLatencies())  # type: ignore[arg-type]
     assert (await watch.view()).num_ready == 1
+
+
+async def test_a_head_that_keeps_silent_holds_up_nobody_and_one_thread(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cluster_watch, "FRESH_SECONDS", 0.0)
+    silence, num_reads = threading.Event(), itertools.count()
+
+    def read_starts() -> dict[str, ReplicaStart]:
+        if next(num_reads) == 1:
+            silence.wait(60)
+        return {name: ReplicaStart(ready_at=1.0) for name in "abc"}
+
+    deployment = Deployment(models=("m",), num_replicas=2, read_starts=read_starts)
+    watch = ClusterWatch(deployment, _Dispatcher(), RecentLatencies())  # type: ignore[arg-type]
+    try:
+        for _ in range(4):
+            seen = await watch.view()
+            assert (seen.num_ready, seen.num_restarts) == (1, 1), "what was known last"
+            monkeypatch.setattr(cluster_watch, "REPORT_SECONDS", 0.05)
+        assert next(num_reads) == 2, "the second read is still the only one"
+    finally:
+        silence.set()
