@@ -54,7 +54,7 @@ def _head(view: ClusterView, url: str, time: str, width: int) -> Iterator[Text]:
         (f"{view.num_ready} of {view.num_wanted} replicas ready", "green" if is_whole else "bold red"),
         ", ",
         (restarts, "" if view.num_restarts == 0 else "yellow"),
-        (f", version {view.version}", "dim"),
+        (f", version {printable(view.version)}", "dim"),
     )
 
 
@@ -81,7 +81,7 @@ def _optimum(load: LoadView, width: int) -> Iterator[Text]:
     yield _line(
         "Optimum", f"{load.percent_of_optimal:>8.1f} % of {number(load.optimal_tokens_per_second)} tokens per second"
     )
-    losses = ", ".join(f"{loss.description} {loss.percent:.1f} %" for loss in load.losses[:_MOST_LOSSES])
+    losses = ", ".join(f"{printable(loss.description)} {loss.percent:.1f} %" for loss in load.losses[:_MOST_LOSSES])
     for index, line in enumerate(textwrap.wrap(losses, width - _LABEL)[:2]):
         yield _line("Lost to" if index == 0 else "", line)
 
@@ -115,7 +115,7 @@ def _replica(replica: ReplicaView, name: int) -> Text:
     percent = "-" if load.percent_of_optimal is None else f"{load.percent_of_optimal:.1f}%"
     row.append(f" {len(replica.ranks):>5} {load.num_running:>5} {load.num_waiting:>5} {100 * load.kv_usage:>4.0f}%")
     row.append(f" {number(load.prompt_tokens_per_second):>7} {number(load.generated_tokens_per_second):>7}")
-    return row.append(f" {percent:>6}  {load.losses[0].description if load.losses else ''}")
+    return row.append(f" {percent:>6}  {printable(load.losses[0].description) if load.losses else ''}")
 
 
 def _line(label: str, *texts: str) -> Text:

@@ -45,6 +45,8 @@ def test_what_is_wrong_is_said() -> None:
     assert "b       starting   43 % of its weights read" in text
     assert "config.json is" in text and "\x1b" not in text, "what a server says moves no cursor"
     assert "No replica is there." in "\n".join(lines(view()))
+    hostile = view(replica("a"), version="1\x1b[2J")
+    assert "\x1b" not in "\n".join(lines(hostile)), "nor does its version"
 
 
 def test_without_an_optimum_it_says_so() -> None:
