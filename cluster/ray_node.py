@@ -139,8 +139,10 @@ def state_directory() -> Path:
     directory = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / f"nanoserve-{os.getuid()}"
     directory.parent.mkdir(mode=0o777, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise ConfigError(f"{directory} belongs to somebody else: remove it, or set RAY_TMPDIR to another folder.")
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # anybody may write where it lies
+        raise ConfigError(
+            f"{directory} is a link, or belongs to somebody else: remove it, or set RAY_TMPDIR to another folder."
+        )
     return directory
 
 
