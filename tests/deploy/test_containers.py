@@ -104,6 +104,12 @@ def test_nothing_is_published_beyond_this_machine() -> None:
             assert port.startswith("127.0.0.1:"), f"{name} publishes {port}"
 
 
+def test_grafana_has_no_administrator_with_the_password_that_everybody_knows() -> None:
+    environment = _compose("compose.yaml")["services"]["grafana"]["environment"]
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+
+
 def test_without_a_gpu_none_is_reserved() -> None:
     override = _compose("compose.cpu.yaml")["services"]["server"]
     assert override["deploy"]["resources"]["reservations"]["devices"] == []
