@@ -24,6 +24,7 @@ from cluster.ray_environment import ServePorts, private_environment, serving_env
 from engine import ConfigError
 
 STOP_SECONDS = 20.0
+RAY_DIRECTORY = "ray"  # of a local cluster, below its own
 _POLL_SECONDS = 0.1
 _LONGEST_BASE = 8  # HAProxy's sockets lie deep below it, and their paths may have 97 characters
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about its minimum
@@ -117,7 +118,7 @@ class Server:
             address="local",
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(directory),
+            _temp_dir=str(directory / RAY_DIRECTORY),  # Ray lets everybody write there: ours, around it, lets nobody in
         )
 
     def _join_cluster(self, address: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.doctor.finding import Finding, ok, warning
 from cluster.doctor.socket_table import command_of
+from cluster.serving import RAY_DIRECTORY
 
 CHECK = "leftovers"
 _PREFIX = "nanoserve-"
@@ -43,8 +44,7 @@ def read_leftovers(directory: Path | None = None) -> Leftovers:
                     number = int(entry.name)
                     processes.append(SeenProcess(process_id=number, parent=int(parent), command=command_of(number)))
     places = {directory} if directory else {Path(tempfile.gettempdir()), Path("/tmp")}
-    found = {path for place in places for path in place.glob(f"{_PREFIX}*") if (path / "ray_current_cluster").exists()}
-    found |= {path for place in places for path in place.glob(f"{_PREFIX}*") if list(path.glob("session_*"))}
+    found = {session.parents[1] for place in places for session in place.glob(f"{_PREFIX}*/{RAY_DIRECTORY}/session_*")}
     return Leftovers(processes=tuple(processes), directories=tuple(sorted(found)))
 
 

@@ -135,6 +135,12 @@ def test_nothing_listens_beyond_loopback(server: Command) -> None:
 
 
 @pytest.mark.ray
+def test_nobody_else_gets_at_its_files(server: Command) -> None:
+    assert server.state_directory is not None
+    assert server.state_directory.stat().st_mode & 0o077 == 0, "HAProxy's program and control socket lie there"
+
+
+@pytest.mark.ray
 def test_a_second_server_on_the_cluster_is_refused_and_harms_nobody(
     tmp_path: Path, checkpoint: Path, server: Command
 ) -> None:

@@ -289,7 +289,7 @@ def test_a_server_that_is_not_there() -> None:
 
 def test_what_a_killed_server_leaves(tmp_path: Path) -> None:
     directory = tmp_path / "nanoserve-killed"
-    (directory / "session_1").mkdir(parents=True)
+    (directory / "ray" / "session_1").mkdir(parents=True)
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", f"--temp-dir={directory}"])
     try:
         _, findings = doctor(variables={"TMPDIR": str(tmp_path)})
