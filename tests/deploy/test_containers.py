@@ -1,7 +1,10 @@
 """What can be checked of images and manifests without the engines that run them."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,17 @@ def test_every_node_has_the_environment_that_serving_wants_and_the_token(service
             assert given[name]["value"] == value, f"{name} as in cluster/ray_environment.py"
         assert given["RAY_AUTH_MODE"]["value"] == "token"
         assert "secretKeyRef" in given["RAY_AUTH_TOKEN"]["valueFrom"]
+
+
+def test_pods_run_the_haproxy_that_the_image_makes(service: Any, tmp_path: Path) -> None:
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
+    (program,) = re.findall(r'^RUN python -c "(.*)"$', text, re.MULTILINE)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"HOME": str(tmp_path)}, check=True)
+    wrapper = tmp_path / "haproxy"
+    assert "0.0.0.0" in wrapper.read_text() and os.access(wrapper, os.X_OK)
+    for container in _containers(service):
+        (path,) = [each["value"] for each in container["env"] if each["name"] == "RAY_SERVE_HAPROXY_BINARY_PATH"]
+        assert path == f"/home/nanoserve/{wrapper.name}"
 
 
 def test_the_volumes_that_are_mounted_are_there(service: Any) -> None:
