@@ -9,6 +9,7 @@ from cluster.status.cluster_client import ClusterClient, NoAnswerError
 from cluster.status.cluster_view import ClusterView, ReplicaState
 
 CHECK = "server"
+_LOGS = "/tmp/ray/session_latest/logs, or of `nanoserve serve` alone /tmp/nanoserve-*/ray/session_latest/logs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ def judge_server(server: ServerHealth) -> list[Finding]:
     findings = []
     for replica in view.replicas:
         if replica.state is ReplicaState.FAILED:
-            remedy = "Correct what it says; Ray Serve goes on trying. Logs: `ray logs` or /tmp/ray/session_latest/logs."
+            remedy = f"Correct what it says; Ray Serve goes on trying. Logs on its node: {_LOGS}."
             findings.append(error(CHECK, f"Replica {replica.id} failed: {replica.detail}", server.url, remedy))
         elif replica.state is ReplicaState.SILENT:
             remedy = "Look at its node (load, memory, `nanoserve doctor` there); Ray Serve replaces it if it stays so."

@@ -90,10 +90,10 @@ def test_everything_that_lists_itself_is_scraped(loaded: Live) -> None:
     assert kinds == {"ingress", "replica", "haproxy"}
     listed = set(loaded.server.targets())
     assert len(listed) == 4
-    until(lambda: loaded.prometheus.targets("nanoserve") == dict.fromkeys(listed, "up"), 30, "all to be scraped")
+    until(lambda: loaded.prometheus.targets("nanoserve") == dict.fromkeys(listed, "up"), 90, "all to be scraped")
     ray = ray_targets(loaded.head.directory)
     assert ray
-    until(lambda: loaded.prometheus.targets("ray") == dict.fromkeys(ray, "up"), 30, f"all of {RAY_FILE} to be scraped")
+    until(lambda: loaded.prometheus.targets("ray") == dict.fromkeys(ray, "up"), 90, f"all of {RAY_FILE} to be scraped")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,7 +116,7 @@ def test_every_expression_of_every_panel_has_data(loaded: Live, name: str) -> No
 def test_every_alert_is_evaluated_and_asks_for_what_exists(loaded: Live) -> None:
     rules = loaded.client.rules()
     assert len(rules) > 8
-    until(lambda: all(rule["health"] == "ok" for rule in loaded.client.rules()), 30, "every rule to be evaluated")
+    until(lambda: all(rule["health"] == "ok" for rule in loaded.client.rules()), 90, "every rule to be evaluated")
     for rule in rules:
         for selector in re.findall(r"(?:nanoserve|ray)_\w+(?:{[^}]*})?", rule["query"]):
             if selector.startswith("nanoserve_process"):
@@ -126,7 +126,8 @@ def test_every_alert_is_evaluated_and_asks_for_what_exists(loaded: Live) -> None
             healthy = re.sub(r',? ?status=~"5\.\."', "", selector)
             assert loaded.client.instant(f"count({healthy})"), f"{rule['name']}: {selector}"
     firing = {rule["name"] for rule in rules if rule["state"] == "firing"}
-    assert firing <= {"NodeMemoryHigh"}, firing  # which is true of some machines
+    # These are true of some machines: full ones, and those too slow for the objective under this load.
+    assert firing <= {"NodeMemoryHigh", "TTFTBudgetBurn", "TTFTBudgetBurnSlow"}, firing
 
 
 def test_what_is_exported_is_what_the_catalogue_says(loaded: Live) -> None:
@@ -154,15 +155,15 @@ def test_a_replica_that_dies_is_replaced_on_the_lists_too(loaded: Live) -> None:
     lost = 'sum(nanoserve_replica_events_total{event="lost"})'
     assert loaded.value(lost) == 0
     os.kill(loaded.head.processes("ray::ServeReplica:nanoserve:Replica")[0], signal.SIGKILL)
-    until(lambda: len(before & set(loaded.prometheus.targets("nanoserve"))) == 1, 30, "the dead one to be forgotten")
-    until(lambda: loaded.value(lost) == 1, 30, "the loss to be counted")
+    until(lambda: len(before & set(loaded.prometheus.targets("nanoserve"))) == 1, 90, "the dead one to be forgotten")
+    until(lambda: loaded.value(lost) == 1, 90, "the loss to be counted")
 
     def replaced() -> bool:
         targets = loaded.prometheus.targets("nanoserve")
         return len(targets) == 4 and len(before & targets.keys()) == 1 and set(targets.values()) == {"up"}
 
     until(replaced, 120, "its successor to be scraped")
-    until(lambda: loaded.value("max(nanoserve_replicas_ready)") == 2, 30, "two replicas to be ready")
+    until(lambda: loaded.value("max(nanoserve_replicas_ready)") == 2, 90, "two replicas to be ready")
     until(
         lambda: loaded.value('count(up{job="nanoserve"} == 0)') is None, 60, "the dead one to be no target that is down"
     )
@@ -178,4 +179,4 @@ def test_an_application_that_is_deployed_anew_and_smaller_is_followed(loaded: Li
         return len(targets) == 3 and not targets.keys() & set(before) and set(targets.values()) == {"up"}
 
     until(followed, 150, "one ingress, one replica and HAProxy to be scraped, and nothing else")
-    until(lambda: loaded.value("max(nanoserve_replicas_ready)") == 1, 30, "one replica to be ready")
+    until(lambda: loaded.value("max(nanoserve_replicas_ready)") == 1, 90, "one replica to be ready")
