@@ -123,14 +123,13 @@ class Dispatcher:
         return call
 
     def abort(self, request_ids: Iterable[RequestId], reason: FinishReason = FinishReason.ABORT) -> None:
-        """End requests now; those that have ended are ignored. `reason` is STOP for a stop string.
-
-        A replica that Serve has removed can no longer be called: what it runs for a client that left runs to its end.
-        """
+        """End requests now; those that have ended are ignored. `reason` is STOP for a stop string."""
         for request_id in request_ids:
             ended = self._end(request_id, is_complete=reason is FinishReason.STOP)
-            stream = self._streams.get(ended.replica_id) if ended is not None else None
-            if stream is not None:
+            if ended is None:
+                continue
+            stream = self._streams.get(ended.replica_id) or self._draining.get(ended.replica_id)
+            if stream is not None:  # else it was the last of a replica that left, which ends it with the stream
                 stream.abort(request_id, reason)
 
     def set_replicas(self, replica_ids: frozenset[str]) -> None:
