@@ -225,17 +225,19 @@ async def test_a_replica_that_leaves_finishes_what_it_has(two: Replicas) -> None
 
 
 async def test_a_client_that_leaves_is_told_to_a_replica_that_is_leaving(two: Replicas) -> None:
-    calls = {f"r{number}": two.dispatcher.open([request(f"r{number}", 400)]) for number in range(4)}
+    names = [RequestId(f"r{number}") for number in range(4)]
+    for name in names:
+        two.dispatcher.open([request(name, 400)])
     leaving = two.by_id["a"]
     await until(lambda: leaving.num_open == 2)
     two.dispatcher.set_replicas(frozenset({"b"}))
-    first, second = [name for name in calls if two.dispatcher._open[name].replica_id == "a"]
+    first, second = [name for name in names if two.dispatcher._open[name].replica_id == "a"]
     two.dispatcher.abort([first])
     await until(lambda: leaving.num_open == 1)
     assert second in two.dispatcher._open, "the other goes on"
     two.dispatcher.abort([second])
     await until(lambda: not leaving.num_open and not leaving.host._streams)
-    two.dispatcher.abort(calls)
+    two.dispatcher.abort(names)
 
 
 async def test_a_dead_engine_says_so_to_everybody() -> None:
