@@ -18,7 +18,7 @@ from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
 from engine.device_probe import DeviceProbe
-from engine.errors import CapacityError, ConfigError, EngineDeadError
+from engine.errors import CapacityError, ConfigError, EngineDeadError, first_line
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
 from engine.gemm_peak import measure_gemm_peak
@@ -159,7 +159,7 @@ class Worker:
         try:
             runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
         except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
-            self._tell(f"no step becomes a CUDA graph. {_first_line(error)}")
+            self._tell(f"no step becomes a CUDA graph. {first_line(error)}")
 
     def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
         """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
@@ -179,7 +179,7 @@ class Worker:
         try:
             probe.measure_alone()
         except RuntimeError as error:
-            refusal = _first_line(error)
+            refusal = first_line(error)
         if self._minimum(not refusal, device):
             probe.measure_together()
             runner.device_times = probe.times()
@@ -326,11 +326,6 @@ class Worker:
         agreed: Tensor = torch.tensor(value, dtype=torch.int64, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         return int(agreed.item())
-
-
-def _first_line(error: Exception) -> str:
-    """What it says, in short."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _free_device_memory() -> None:
