@@ -45,5 +45,5 @@ class EngineDeadError(NanoserveError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, for a message of ours: libraries go on for pages. Its kind if it is mute."""
+    """What an error says, for a message of ours: libraries go on for pages. Its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
