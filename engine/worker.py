@@ -156,10 +156,13 @@ class Worker:
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
         """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
 
-        So on every rank, where it is so on one of them.
+        So on every rank, where it is so on one of them. A rank that has no memory to begin with cannot serve: it must
+        not go on, as the others wait for it in their first capture.
         """
         try:
             runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
+        except torch.OutOfMemoryError:  # before any capture, which makes `CaptureMemoryError` of it: nobody else knows
+            raise
         except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
             self._tell(f"no step becomes a CUDA graph. {first_line(error)}")
 
