@@ -92,9 +92,12 @@ class PaddedSteps:
                     step.capture(self._captures, self.inputs)
             except ScheduleError as error:
                 _log.info("Batches of a plan that are padded to %d tokens run sequentially: %s", size, error)
-            except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
+            except Exception as error:  # `CaptureError`, torch's own, a kernel's that does not fit the device
                 _log.warning(
-                    "Batches of a plan that are padded to %d tokens run sequentially: %s", size, first_line(error)
+                    "Batches of a plan that are padded to %d tokens run sequentially: %s",
+                    size,
+                    first_line(error),
+                    exc_info=not isinstance(error, RuntimeError),
                 )
                 if isinstance(error, CaptureMemoryError):
                     return

@@ -97,8 +97,9 @@ class TrialSteps:
                 raise ScheduleError("its nano-batches have no room for the batch.")
             if self._captures is not None:
                 step.capture(self._captures, self._layers.inputs)
-        except (ScheduleError, RuntimeError) as error:
-            _log.warning("A plan would not be run: %s", first_line(error))
+        except Exception as error:  # as `PaddedSteps.serve` takes it
+            is_known = isinstance(error, ScheduleError | RuntimeError)
+            _log.warning("A plan would not be run: %s", first_line(error), exc_info=not is_known)
             step = self._sequential
         return self._trial_step(step)
 

@@ -66,7 +66,11 @@ def test_plans_and_the_baseline_are_the_graphs_that_would_be_served() -> None:
     assert captures.replayed == ["_run_whole", "_run_cut"] * (NUM_ROUNDS + 1)
 
 
-@pytest.mark.parametrize("refusal", [CaptureError, RuntimeError])
+class _OutOfResourcesError(Exception):
+    """As Triton's, of a kernel that asks for more than there is."""
+
+
+@pytest.mark.parametrize("refusal", [CaptureError, RuntimeError, _OutOfResourcesError])
 def test_a_plan_that_would_not_be_served_gains_nothing(
     refusal: Callable[[str], Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
