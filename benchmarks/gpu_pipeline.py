@@ -177,8 +177,8 @@ def check_pipeline(device: torch.device) -> Iterator[dict[str, Any]]:
             try:
                 for batch in SMALL_BATCHES:
                     equal &= _check_batch(bench, batch, captures, errors)
-            except Exception as error:  # the other models may still be right, and timings are worth having
-                note = f"{type(error).__name__}: {error}"[:300]
+            except Exception as failure:  # the other models may still be right, and timings are worth having
+                note = f"{type(failure).__name__}: {failure}"[:300]
                 ended = {"model": architecture.value, "dtype": dtype.value, "mode": "ended", "error": math.nan}
                 yield ended | {"is_right": False, "same_tokens": equal, "note": note}
             for mode, error in errors.items():

@@ -205,7 +205,9 @@ def test_an_engine_that_is_not_what_it_was_meant_to_be_is_wrong(
         num_steps_by_plan={"sequential": 100}, waterfall=None,
         step_parts={"num_timed_steps": 100, "device_seconds": 7.9, "gemm_seconds": 4.0, "attention_seconds": 3.0},
     )  # fmt: skip
-    usual = {"num_captured": 0, "num_replayed": 100, "num_steps": 100, "clocks": "650 W, 1755 MHz", "is_planned": False}
+    usual: dict[str, Any] = {
+        "is_planned": False, "num_captured": 0, "num_replayed": 100, "num_steps": 100, "clocks": "650 W, 1755 MHz",
+    }  # fmt: skip
     steps = ModeSteps(**usual | of_steps)
     start = start_of(**changed)
     peak = GemmPeak(flops_per_second=7e14, dense_flops_per_second=7e14, shape=(1, 1, 1), by_shape={}, num_threads=1)
