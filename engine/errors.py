@@ -42,3 +42,8 @@ class RequestError(NanoserveError, ValueError):
 
 class EngineDeadError(NanoserveError):
     """The engine cannot run another step; the message names the rank and the cause."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of ours: libraries go on for pages. Its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

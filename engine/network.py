@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import EngineConfig, PipelineMode
+from engine.errors import first_line
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.symmetric_sums import SymmetricSums, fastest_below, unsupported
 from engine.tensor_parallel import TensorParallel
@@ -113,7 +114,7 @@ def _by_all(agreement: RankAgreement, words: str, attempt: Callable[[], Result])
     try:
         result = attempt()
     except Exception as error:  # torch raises what its driver says: any kind of it means the same
-        reason = f"{words}: {_first_line(error)}"
+        reason = f"{words}: {first_line(error).rstrip('.')}"
     if not _is_everywhere(agreement, not reason):
         raise _LackingError(reason or "another rank cannot sum through symmetric memory")
     return result  # type: ignore[return-value]
@@ -132,7 +133,3 @@ def _is_one_machine(agreement: RankAgreement) -> bool:
 def _is_everywhere(agreement: RankAgreement, is_here: bool) -> bool:
     (smallest,) = agreement.smallest([float(is_here)])
     return bool(smallest)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__

@@ -12,13 +12,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
 from engine.device_probe import DeviceProbe
-from engine.errors import CapacityError, ConfigError, EngineDeadError
+from engine.errors import CapacityError, ConfigError, EngineDeadError, first_line
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
 from engine.gemm_peak import measure_gemm_peak
@@ -37,6 +36,7 @@ from engine.pipeline.agreed_captures import AgreedCaptures
 from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.selection import Selector, effort_at_start
 from engine.pipeline.timer import GraphTimer
 from engine.tensor_bytes import tensor_bytes
@@ -78,6 +78,7 @@ class Worker:
         self._timeout = timedelta(seconds=timeout_seconds)
         self._owns_group = False
         self.tensor_parallel = TensorParallel()
+        self._ranks = RankAgreement(self.tensor_parallel, torch.device("cpu"))
         self._runner: ModelRunner | None = None
         self._tell_host: Callable[[str], None] | None = None
         self._meter = MemoryMeter()
@@ -102,6 +103,7 @@ class Worker:
         device = self._select_device()
         config = self.config = self._settled(device)
         self.tensor_parallel = tensor_parallel = self._join_group(device)
+        self._ranks = RankAgreement(tensor_parallel, device)
         dtype: torch.dtype = getattr(torch, config.dtype.value)
         self._check_weights_fit(device)
         model = build_model(config.model, tensor_parallel, dtype, device, in_fp8=config.in_fp8)
@@ -113,7 +115,7 @@ class Worker:
             use_compiled_kernels(model, pipeline, config, self._tell)
         uses_gpu_kernels = device.type == "cuda" and use_gpu_kernels(model, config, device, self._tell)
         self._meter.mark()
-        self._minimum(0, device)  # ranks that share a machine measure at the same time, as they will compute
+        self._ranks.meet()  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
         self._step_bytes = warm_up(config, model, pipeline, device, uses_gpu_kernels=uses_gpu_kernels)
         selector = Selector(config, pipeline, tensor_parallel, progress=lambda text: self._tell(f"pipeline: {text}"))
@@ -141,25 +143,28 @@ class Worker:
             self._capture_steps(self._runner, device)
             self._time_operations(self._runner, model, cache, device)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
+        rates = gemm.flops_per_second, gemm.dense_flops_per_second, gemm.wide_flops_per_second or 0.0
+        fastest, fastest_dense, fastest_wide = (round(rate) for rate in self._ranks.largest(rates))
         return CacheCapacity(
             num_blocks=num_blocks,
             block_size=config.block_size,
-            gemm_flops_per_second=-self._minimum(-round(gemm.flops_per_second), device),
-            dense_flops_per_second=-self._minimum(-round(gemm.dense_flops_per_second), device),
-            wide_flops_per_second=None
-            if gemm.wide_flops_per_second is None
-            else -self._minimum(-round(gemm.wide_flops_per_second), device),
+            gemm_flops_per_second=fastest,
+            dense_flops_per_second=fastest_dense,
+            wide_flops_per_second=fastest_wide or None,
         )
 
     def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
         """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
 
-        So on every rank, where it is so on one of them.
+        So on every rank, where it is so on one of them. A rank that has no memory to begin with cannot serve: it must
+        not go on, as the others wait for it in their first capture.
         """
         try:
             runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
+        except torch.OutOfMemoryError:  # before any capture, which makes `CaptureMemoryError` of it: nobody else knows
+            raise
         except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
-            self._tell(f"no step becomes a CUDA graph. {_first_line(error)}")
+            self._tell(f"no step becomes a CUDA graph. {first_line(error)}")
 
     def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
         """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
@@ -178,9 +183,10 @@ class Worker:
         refusal = ""
         try:
             probe.measure_alone()
-        except RuntimeError as error:
-            refusal = _first_line(error)
-        if self._minimum(not refusal, device):
+        except Exception as error:  # whatever it is: steps can do without, and the other ranks wait
+            refusal = first_line(error)
+        (is_measured,) = self._ranks.smallest([not refusal])
+        if is_measured:
             probe.measure_together()
             runner.device_times = probe.times()
         else:
@@ -226,6 +232,8 @@ class Worker:
         """Leave the group and give the memory back."""
         had_device = self._runner is not None and self._runner.device.type == "cuda"
         self._runner = self._model = self._cache = None
+        if had_device:
+            gc.collect()  # NCCL's end waits for the graphs that hold its collectives: none may be left in a cycle
         if self._owns_group:
             self._owns_group = False
             dist.destroy_process_group()
@@ -300,7 +308,7 @@ class Worker:
 
     def _agree_on_blocks(self, device: torch.device) -> int:
         """The number of blocks that every rank can afford; a rank that can afford none stops all of them."""
-        self._minimum(0, device)  # nobody counts free memory before everybody has loaded
+        self._ranks.meet()  # nobody counts free memory before everybody has loaded
         failure: CapacityError | None = None
         num_blocks = 0
         if device.type == "cuda":  # torch keeps what warm-up and trials have freed: it counts as taken
@@ -312,25 +320,12 @@ class Worker:
             num_blocks = num_affordable_blocks(self.config, free_bytes)
         except CapacityError as error:
             failure = error
-        agreed = self._minimum(num_blocks, device)
+        agreed = int(self._ranks.smallest([num_blocks])[0])
         if failure is not None:
             raise failure
         if agreed == 0:
             raise CapacityError("Another rank of the group has no room for the KV cache; its own error says more.")
         return agreed
-
-    def _minimum(self, value: int, device: torch.device) -> int:
-        """The smallest `value` of all ranks."""
-        if not self._owns_group:
-            return value
-        agreed: Tensor = torch.tensor(value, dtype=torch.int64, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-        return int(agreed.item())
-
-
-def _first_line(error: Exception) -> str:
-    """What it says, in short."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _free_device_memory() -> None:

@@ -1,6 +1,7 @@
 """`GraphCount`: how many CUDA graphs a process made, and how often they were replayed: whoever made them, for whatever.
 
-What a step was meant to be and what it became are two things; this sees the latter.
+What a step was meant to be and what it became are two things; this sees the latter. A graph is counted where it is
+recorded, which all kinds of `Captures` do alike. Those that operations are timed by at a start are among them.
 """
 
 import contextlib
@@ -21,20 +22,20 @@ class GraphCount:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Of all `Captures` of this process, while it lasts."""
-        capture, replay = Captures.capture, CapturedRun.replay
+        record, replay = Captures.record, CapturedRun.replay
 
-        def counted_capture(captures: Captures, run: Callable[[], Any]) -> Any:
-            captured = capture(captures, run)
+        def counted_record(captures: Captures, run: Callable[[], Any]) -> Any:
+            recorded = record(captures, run)
             self.num_captured += 1
-            return captured
+            return recorded
 
         def counted_replay(run: CapturedRun[Any]) -> Any:
             self.num_replayed += 1
             return replay(run)
 
-        Captures.capture = counted_capture  # type: ignore[method-assign, assignment]
+        Captures.record = counted_record  # type: ignore[method-assign, assignment]
         CapturedRun.replay = counted_replay  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            Captures.capture, CapturedRun.replay = capture, replay  # type: ignore[method-assign]
+            Captures.record, CapturedRun.replay = record, replay  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ def _checked(row: dict[str, Any]) -> Row:
         value=row["error"],
         unit="worst",
         is_right=row["is_right"],
-        note="" if row["same_tokens"] else "other tokens than the plain model's",
+        note=row.get("note", "" if row["same_tokens"] else "other tokens than the plain model's"),
     )
 
 

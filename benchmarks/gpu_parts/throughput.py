@@ -228,6 +228,7 @@ class _EngineRun:
         with self._power.sampled() as readings:
             result = await load.window(self._sizes.window_seconds, self._sizes.warm_seconds)
         steps = ModeSteps(
+            is_planned=mode.planned is not None,
             num_captured=self._graphs.num_captured - captured,
             num_replayed=self._graphs.num_replayed - replayed,
             num_steps=engine.stats().num_steps - launched,

@@ -80,8 +80,12 @@ class EngineStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeSteps:
-    """What the steps of a mode became, before its window and in it: `num_captured` graphs were made for it."""
+    """What the steps of a mode became, before its window and in it: `num_captured` graphs were made for it.
 
+    `is_planned`: it has a plan, whose steps are to be graphs, too.
+    """
+
+    is_planned: bool
     num_captured: int
     num_replayed: int
     num_steps: int
@@ -89,9 +93,13 @@ class ModeSteps:
 
     def problem(self, start: EngineStart) -> str:
         """As `EngineStart.problem`."""
-        if not start.is_cuda or self.num_replayed >= LEAST_REPLAYED * self.num_steps:
+        if not start.is_cuda:
             return ""
-        return f"ONLY {self.num_replayed} OF {self.num_steps} STEPS REPLAYED FROM GRAPHS"
+        if self.is_planned and not self.num_captured:
+            return "NO GRAPH OF ITS PLAN: its steps ran sequentially"
+        if self.num_replayed < LEAST_REPLAYED * self.num_steps:
+            return f"ONLY {self.num_replayed} OF {self.num_steps} STEPS REPLAYED FROM GRAPHS"
+        return ""
 
 
 def throughput_rows(

@@ -54,6 +54,7 @@ def profile(
     from engine.pipeline.profile_summary import profile_summary
 
     model_config = ModelConfig.from_checkpoint(model)
+    is_group_of_gpus = device is DeviceKind.CUDA and tensor_parallel > 1
     max_model_len = max_model_len or min(2048, model_config.max_position_embeddings)
     config = EngineConfig(
         model=model_config,
@@ -68,7 +69,9 @@ def profile(
         block_size=BLOCK_SIZE,
         num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the profiler brings a cache of its own
         num_threads=threads,
-        pipeline=PipelineMode.SEQUENTIAL,
+        # Ranks on GPUs that overlap have a way to exchange something beside other work, which is what is measured.
+        pipeline=PipelineMode.OVERLAP if is_group_of_gpus else PipelineMode.SEQUENTIAL,
+        plan_seconds=0,
     )
     show_progress(f"starting {tensor_parallel} {'ranks' if tensor_parallel > 1 else 'rank'} ...")
     with LocalGroup(config) as group:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.errors import first_line
 from engine.pipeline.capture import CapturedRun, CaptureError, CaptureMemoryError, Captures, Result
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.tensor_parallel import TensorParallel
@@ -51,7 +52,7 @@ class AgreedCaptures(Captures):
             if lack is None:  # whatever it is, the other ranks wait
                 self._agreement.smallest([_FAILED])
                 raise
-            ending, error = _NO_MEMORY, CaptureMemoryError(f"No memory for a CUDA graph: {_first_line(lack)}")
+            ending, error = _NO_MEMORY, CaptureMemoryError(f"No memory for a CUDA graph: {first_line(lack)}")
             error.__cause__ = failure
         (worst,) = self._agreement.smallest([ending])
         if worst == _NO_MEMORY:
@@ -70,7 +71,3 @@ def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__context__
     return error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

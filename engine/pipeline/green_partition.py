@@ -41,14 +41,15 @@ class GreenPartition:
     def split(
         cls, device: torch.device, num_first: int, *, priorities: tuple[int, int] = (0, 0), driver: Any = None
     ) -> "GreenPartition":
-        """Split the device; a lower priority goes first. `driver` is `cuda.bindings.driver`.
+        """Split the device, the current one if it has no number; a lower priority goes first. `driver` is
+        `cuda.bindings.driver`.
 
         Raises `GreenPartitionError` where that is missing, or refuses.
         """
         driver = driver or _bindings()
         torch.cuda.synchronize(device)  # makes the device's primary context, in which kernels are loaded
         calls = _Calls(driver)
-        number = calls("cuDeviceGet", device.index or 0)
+        number = calls("cuDeviceGet", torch.cuda.current_device() if device.index is None else device.index)
         if not hasattr(driver, "CUdevResourceType"):
             raise GreenPartitionError("cuda.bindings.driver has no CUdevResourceType: it is older than green contexts.")
         whole = calls("cuDeviceGetDevResource", number, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.errors import first_line
 from engine.pipeline.capture import CaptureMemoryError, Captures
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.nano_batch import Cut
@@ -91,9 +92,13 @@ class PaddedSteps:
                     step.capture(self._captures, self.inputs)
             except ScheduleError as error:
                 _log.info("Batches of a plan that are padded to %d tokens run sequentially: %s", size, error)
-            except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                _log.warning("Batches of a plan that are padded to %d tokens run sequentially: %s", size, reason)
+            except Exception as error:  # `CaptureError`, torch's own, a kernel's that does not fit the device
+                _log.warning(
+                    "Batches of a plan that are padded to %d tokens run sequentially: %s",
+                    size,
+                    first_line(error),
+                    exc_info=not isinstance(error, RuntimeError),
+                )
                 if isinstance(error, CaptureMemoryError):
                     return
             else:

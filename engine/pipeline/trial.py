@@ -14,7 +14,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.batch_shape import BatchShape
@@ -23,6 +22,7 @@ from engine.kv_cache import KVCache
 from engine.pipeline.agreed_captures import AgreedCaptures
 from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
@@ -63,8 +63,8 @@ class Trial:
     def __init__(self, config: EngineConfig, pipeline: Pipeline, tensor_parallel: TensorParallel) -> None:
         self._config = config
         self._pipeline = pipeline
-        self._tensor_parallel = tensor_parallel
         self._device = torch.device(config.device.value)
+        self._ranks = RankAgreement(tensor_parallel, self._device)
         self._lanes = {overlaps: lanes_for(self._device, overlaps=overlaps) for overlaps in (False, True)}
         self._captures = AgreedCaptures(self._device, tensor_parallel) if self._device.type == "cuda" else None
 
@@ -110,7 +110,7 @@ class Trial:
 
     def _sample(self, run: "_Run") -> "_Sample":
         run.fill()
-        self._slowest(0.0)  # ranks begin together
+        self._ranks.meet()  # ranks begin together
         stopwatch = Stopwatch()
         cpu = time.process_time() - time.thread_time()
         clock = StepClock(self._device)
@@ -140,12 +140,8 @@ class Trial:
         )
 
     def _slowest(self, seconds: float) -> float:
-        """The largest of the ranks' values."""
-        if self._tensor_parallel.size == 1:
-            return seconds
-        largest = torch.tensor(seconds, dtype=torch.float64, device=self._device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._tensor_parallel.group)
-        return largest.item()
+        """What the slowest of the ranks took."""
+        return self._ranks.largest([seconds])[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
+from engine.errors import first_line
 from engine.kv_cache import KVCache
 from engine.pipeline.bucket import DecodeShare
-from engine.pipeline.capture import CaptureError, Captures
+from engine.pipeline.capture import Captures
 from engine.pipeline.lanes import Lanes
 from engine.pipeline.padded_inputs import packed_step
 from engine.pipeline.padded_layers import PaddedLayers, PaddedStep
@@ -81,8 +82,8 @@ class TrialSteps:
         if captures is not None:
             try:
                 step.capture(captures, layers.inputs)
-            except CaptureError as error:
-                _log.warning("%s Steps are timed as they are launched.", error)
+            except RuntimeError as error:  # torch's own of captures are, and `CaptureError`: as where steps are served
+                _log.warning("Steps are timed as they are launched: %s", first_line(error))
                 return None
         return cls(layers, batch, pool.read_tokens(rows_T, positions_T), step, captures)
 
@@ -96,8 +97,9 @@ class TrialSteps:
                 raise ScheduleError("its nano-batches have no room for the batch.")
             if self._captures is not None:
                 step.capture(self._captures, self._layers.inputs)
-        except (ScheduleError, CaptureError) as error:
-            _log.warning("A plan would not be run: %s", error)
+        except Exception as error:  # as `PaddedSteps.serve` takes it
+            is_known = isinstance(error, ScheduleError | RuntimeError)
+            _log.warning("A plan would not be run: %s", first_line(error), exc_info=not is_known)
             step = self._sequential
         return self._trial_step(step)
 

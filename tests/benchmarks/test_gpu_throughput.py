@@ -26,6 +26,7 @@ from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine
 from engine.model_config import Architecture, DType, ModelConfig
 from engine.models import build_model
+from engine.pipeline.agreed_captures import AgreedCaptures
 from engine.pipeline.capture import CapturedRun, Captures
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.planned_model import trace_planned_layer
@@ -183,16 +184,18 @@ def start_of(**changed: Any) -> EngineStart:
 
 
 @pytest.mark.parametrize(
-    ("changed", "num_replayed", "wanted"),
+    ("changed", "of_steps", "wanted"),
     [
-        ({}, 100, ""),
-        ({"num_graphs": 0, "told": ("no step becomes a CUDA graph. It waits.",)}, 0, "NO CUDA GRAPH"),
-        ({"num_by_kernels": 0, "told": ("layers are computed by plain torch",)}, 100, "NO KERNELS USED"),
-        ({}, 40, "ONLY 40 OF 100 STEPS REPLAYED FROM GRAPHS"),
+        ({}, {}, ""),
+        ({"num_graphs": 0, "told": ("no step becomes a CUDA graph. It waits.",)}, {"num_replayed": 0}, "NO CUDA GRAPH"),
+        ({"num_by_kernels": 0, "told": ("layers are computed by plain torch",)}, {}, "NO KERNELS USED"),
+        ({}, {"num_replayed": 40}, "ONLY 40 OF 100 STEPS REPLAYED FROM GRAPHS"),
+        ({}, {"is_planned": True}, "NO GRAPH OF ITS PLAN"),
+        ({}, {"is_planned": True, "num_captured": 3}, ""),
     ],
 )
 def test_an_engine_that_is_not_what_it_was_meant_to_be_is_wrong(
-    changed: dict[str, Any], num_replayed: int, wanted: str, checkpoint: Path
+    changed: dict[str, Any], of_steps: dict[str, Any], wanted: str, checkpoint: Path
 ) -> None:
     config = EngineConfig(
         model=ModelConfig.from_checkpoint(checkpoint), checkpoint=checkpoint, dtype=DType.FLOAT32
@@ -202,7 +205,10 @@ def test_an_engine_that_is_not_what_it_was_meant_to_be_is_wrong(
         num_steps_by_plan={"sequential": 100}, waterfall=None,
         step_parts={"num_timed_steps": 100, "device_seconds": 7.9, "gemm_seconds": 4.0, "attention_seconds": 3.0},
     )  # fmt: skip
-    steps = ModeSteps(num_captured=0, num_replayed=num_replayed, num_steps=100, clocks="650 W, 1755 MHz")
+    usual: dict[str, Any] = {
+        "is_planned": False, "num_captured": 0, "num_replayed": 100, "num_steps": 100, "clocks": "650 W, 1755 MHz",
+    }  # fmt: skip
+    steps = ModeSteps(**usual | of_steps)
     start = start_of(**changed)
     peak = GemmPeak(flops_per_second=7e14, dense_flops_per_second=7e14, shape=(1, 1, 1), by_shape={}, num_threads=1)
     (row,) = throughput_rows("name", result, peak, config, start, steps)
@@ -215,13 +221,17 @@ def test_an_engine_that_is_not_what_it_was_meant_to_be_is_wrong(
 def test_graphs_are_counted_whoever_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     count = GraphCount()
     graph: Any = type("Graph", (), {"replay": lambda self: None})()
-    monkeypatch.setattr(Captures, "capture", lambda self, run: CapturedRun(graph, run(), run))
+    monkeypatch.setattr(Captures, "rehearse", lambda self, run: run())
+    monkeypatch.setattr(Captures, "record", lambda self, run: CapturedRun(graph, run(), run))
     captures = Captures.__new__(Captures)
+    monkeypatch.setattr(Captures, "__init__", lambda self, device: None)
+    agreed = AgreedCaptures(torch.device("cpu"), TensorParallel())
     with count.counting():
         captured = captures.capture(lambda: 7)
         assert captured.replay() == captured.replay() == 7
+        assert agreed.capture(lambda: 6).replay() == 6, "an engine's steps are captured by these"
     captures.capture(lambda: 8).replay()
-    assert (count.num_captured, count.num_replayed) == (1, 2)
+    assert (count.num_captured, count.num_replayed) == (2, 3)
 
 
 def test_the_first_workload_comes_first_and_all_are_there(tmp_path: Path) -> None:

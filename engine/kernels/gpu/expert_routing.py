@@ -56,7 +56,7 @@ def route(
 ) -> ExpertRouting:
     """Route T tokens by their logits [T, X] of any floating type but float64.
 
-    `num_tokens`: an int32 tensor of one number on the device, if rows from there on are padding; those get no place.
+    `num_tokens`: one integer on the device, [1], if rows from there on are padding; those get no place.
     Of equal probabilities the first expert is taken. Raises ConfigError where shapes cannot be routed.
     """
     if router_logits_TX.dim() != 2 or router_logits_TX.dtype not in (torch.bfloat16, torch.float16, torch.float32):

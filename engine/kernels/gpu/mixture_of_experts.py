@@ -38,7 +38,7 @@ def mixture_of_experts(
 ) -> Tensor:
     """[T, E], logits [T, X], weights [X, 2 F, E] and [X, E, F] -> [T, E]; the GEMMs run at most `num_sms` programs.
 
-    `num_tokens`: an int32 tensor of one number on the device, if rows from there on are padding; they become zeros.
+    `num_tokens`: one integer on the device, [1], if rows from there on are padding; they become zeros.
     """
     routing = route(
         router_logits_TX, num_experts_per_token, normalise=normalise, round_scores=round_scores, num_tokens=num_tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine import ConfigError
+from engine import ConfigError, EngineConfig
 from engine.cli import app
 from engine.model_config import Architecture
 from engine.pipeline.profile import Profile
@@ -64,6 +64,26 @@ def test_a_profile_is_measured_and_planned_from(checkpoint: Path, tmp_path: Path
     assert file.read_text() == written  # all of it was there already
     with pytest.raises(ConfigError, match="is of another layer than that of tiny on 1 devices"):
         run("plan", str(checkpoint), "--devices", "1", "--tokens", "64", "--profile", str(file), "--seconds", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("device", "num_ranks", "mode"), [("cuda", 2, "overlap"), ("cuda", 1, "sequential"), ("cpu", 2, "sequential")]
+)
+def test_ranks_that_are_profiled_exchange_as_plans_will(
+    device: str, num_ranks: int, mode: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside other work on GPUs: by the communicator that ranks have which overlap. They make no plans for that."""
+
+    class NotNowError(Exception):
+        pass
+
+    def refused(config: EngineConfig) -> None:
+        assert (config.pipeline.value, config.plan_seconds) == (mode, 0)
+        raise NotNowError
+
+    monkeypatch.setattr("engine.local_group.LocalGroup", refused)
+    with pytest.raises(NotNowError):
+        run("profile", str(checkpoint), "--device", device, "--tensor-parallel", str(num_ranks), "--tokens", "64")
 
 
 @pytest.mark.slow

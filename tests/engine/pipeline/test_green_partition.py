@@ -29,6 +29,14 @@ def test_two_parts_have_all_multiprocessors_and_a_stream_each() -> None:
     assert (split[1], split[3], split[4]) == (1, 0, 90)
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    driver = FakeDriver()
+    for device, number in ((torch.device("cuda"), 3), (torch.device("cuda", 0), 0)):
+        GreenPartition.split(device, 40, driver=driver)
+        assert [call[1] for call in driver.calls if call[0] == "cuDeviceGet"][-1] == number
+
+
 @pytest.mark.parametrize("name", ["cuDevSmResourceSplitByCount", "cuGreenCtxCreate", "cuGreenCtxStreamCreate"])
 def test_a_refusal_has_the_words_of_the_driver(name: str) -> None:
     with pytest.raises(GreenPartitionError, match=f"{name}.*CUDA_ERROR_NOT_SUPPORTED: operation not supported"):

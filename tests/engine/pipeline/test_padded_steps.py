@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from engine.batch import Batch, StepOutput
@@ -144,6 +145,21 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception
         worker._capture_steps(runner, CUDA)
     assert runner.padded is None
     assert told == ["no step becomes a CUDA graph. It waits."]
+
+
+def test_a_rank_without_memory_for_inputs_does_not_go_on_alone() -> None:
+    """The others are in a capture then, and would take its next collective for their own."""
+
+    def scarce(captures: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    config = config_of(Architecture.LLAMA)
+    runner = runner_of(config, kernels=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.worker.AgreedCaptures", lambda *_: None)
+        patch.setattr(runner, "pad_steps", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            Worker(config)._capture_steps(runner, CUDA)
 
 
 def test_steps_that_no_bucket_holds_run_as_large_as_they_are() -> None:

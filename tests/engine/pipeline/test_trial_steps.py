@@ -29,8 +29,9 @@ SHAPE = BatchShape(num_decodes=3, num_prefills=9, decode_context=8, prefill_cont
 class Replays:
     """Stands in for `Captures`: every run is computed once, and counted when it is replayed."""
 
-    def __init__(self, *, refused: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, refused: tuple[int, ...] = (), by: Callable[[str], Exception] = CaptureError) -> None:
         self.refused = refused
+        self.by = by
         self.asked: list[str] = []
         self.replayed: list[str] = []
 
@@ -38,7 +39,7 @@ class Replays:
         name = run.func.__name__  # type: ignore[attr-defined]
         self.asked.append(name)
         if len(self.asked) - 1 in self.refused:
-            raise CaptureError("It waits.")
+            raise self.by("It waits.\nAnd more.")
         result = run()
 
         def replay() -> Any:
@@ -65,10 +66,17 @@ def test_plans_and_the_baseline_are_the_graphs_that_would_be_served() -> None:
     assert captures.replayed == ["_run_whole", "_run_cut"] * (NUM_ROUNDS + 1)
 
 
-def test_a_plan_that_would_not_be_served_gains_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither one that waits for the device nor one that has no place for the batch."""
+class _OutOfResourcesError(Exception):
+    """As Triton's, of a kernel that asks for more than there is."""
+
+
+@pytest.mark.parametrize("refusal", [CaptureError, RuntimeError, _OutOfResourcesError])
+def test_a_plan_that_would_not_be_served_gains_nothing(
+    refusal: Callable[[str], Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither one that waits for the device, or that torch cannot capture, nor one that has no place for the batch."""
     trial, pipeline, contestants = trial_of(config_of(Architecture.LLAMA), kernels=True)
-    captures = Replays(refused=(1,))
+    captures = Replays(refused=(1,), by=refusal)
     trial._captures = captures  # type: ignore[assignment]
     alone = split_schedule(pipeline.graph, Cut((NanoBatch(3, 0), NanoBatch(0, 9))))
     trial.run([*contestants, Contestant(alone, True)], SHAPE, 0.0, NUM_ROUNDS)
@@ -77,11 +85,11 @@ def test_a_plan_that_would_not_be_served_gains_nothing(caplog: pytest.LogCapture
     assert waiting == "A plan would not be run: It waits." and "a place for one mix alone" in alone_told
 
 
-@pytest.mark.parametrize("why", ["it waits", "plain torch", "too large"])
+@pytest.mark.parametrize("why", ["it waits", "torch fails", "plain torch", "too large"])
 def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(Architecture.LLAMA, max_batch_tokens=8 if why == "too large" else 40)
     trial, pipeline, contestants = trial_of(config, kernels=why != "plain torch")
-    captures = Replays(refused=(0,))
+    captures = Replays(refused=(0,), by=RuntimeError if why == "torch fails" else CaptureError)
     trial._captures = captures  # type: ignore[assignment]
     launched: list[Schedule] = []
     run = pipeline.run
@@ -93,7 +101,7 @@ def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytes
     monkeypatch.setattr(pipeline, "run", noted)
     trial.run(contestants, SHAPE, 0.0, NUM_ROUNDS)
     assert launched == [each.schedule for each in contestants] * (NUM_ROUNDS + 1)
-    assert captures.replayed == [] and len(captures.asked) == (why == "it waits")
+    assert captures.replayed == [] and len(captures.asked) == (why in ("it waits", "torch fails"))
 
 
 def test_a_batch_for_trials_is_the_step_that_layers_are_measured_on() -> None:
