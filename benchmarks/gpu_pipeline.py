@@ -51,6 +51,17 @@ SMALL_BATCHES = (
     BatchShape(num_decodes=0, num_prefills=200, prefill_context=50),
     BatchShape(num_decodes=3, num_prefills=5, decode_context=7, prefill_context=3),
 )
+# Layers of Llama-3-8B's sizes.
+LARGE_SHAPE = sized_config(
+    Architecture.LLAMA,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=4,
+    num_heads=32,
+    num_kv_heads=8,
+    vocab_size=1024,
+    dtype=DType.BFLOAT16,
+)
 LARGE_BATCHES = {
     "decodes": BatchShape(num_decodes=1024, num_prefills=0, decode_context=1024),
     "mixed": BatchShape(num_decodes=677, num_prefills=1355, decode_context=1280, prefill_context=512),
@@ -268,17 +279,7 @@ def measure_pipeline(
     device: torch.device, schedules: Path | None, seconds_per_trial: float = SECONDS_PER_TRIAL
 ) -> Iterator[dict[str, Any]]:
     """One row per batch, library of matrix products and schedule. Only cublasLt honours shares of execution units."""
-    shape = sized_config(
-        Architecture.LLAMA,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=4,
-        num_heads=32,
-        num_kv_heads=8,
-        vocab_size=1024,
-        dtype=DType.BFLOAT16,
-    )
-    bench = Bench.of(shape, DType.BFLOAT16, device)
+    bench = Bench.of(LARGE_SHAPE, DType.BFLOAT16, device)
     trial = Trial(bench.config, bench.pipeline, TensorParallel())
     planned = list(_planned(bench.pipeline, schedules))
     chosen_before = torch.backends.cuda.preferred_blas_library()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gpu_parts.budget import NO_TIME, Budget
 from gpu_parts.ledger import Ledger, Row
-from gpu_pipeline import LARGE_BATCHES, SMALL_BATCHES, TOLERANCES, Bench
+from gpu_pipeline import LARGE_BATCHES, LARGE_SHAPE, SMALL_BATCHES, TOLERANCES, Bench
 
 from engine import DType
 from engine.kv_cache import KVCache
@@ -30,16 +30,6 @@ NUM_RANKS = 2
 # Programs of an all-reduce beside other work. At about 50 GB/s each, 16 of them take as long as 450 GB/s of NVLink.
 LIMITS = (8, 16)
 _SMALL = sized_config(Architecture.LLAMA, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=8)
-_LARGE = sized_config(
-    Architecture.LLAMA,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=4,
-    num_heads=32,
-    num_kv_heads=8,
-    vocab_size=1024,
-    dtype=DType.BFLOAT16,
-)
 # Partial sums are rounded to bfloat16 before they are added up, those of a whole product are not.
 _ROUNDED_TOLERANCE = 5e-2
 _LEAST_SECONDS = 6.0
@@ -105,7 +95,7 @@ def check_virtual_ranks(device: torch.device) -> Iterator[Row]:
 
 def measure_virtual_ranks(device: torch.device, num_ctas: int, seconds: float) -> Iterator[Row]:
     """One row per batch and mode, captured."""
-    bench = virtual_bench(_LARGE, DType.BFLOAT16, device, num_ctas)
+    bench = virtual_bench(LARGE_SHAPE, DType.BFLOAT16, device, num_ctas)
     trial = Trial(bench.config, bench.pipeline, TensorParallel())
     for batch_name, batch in LARGE_BATCHES.items():
         contestants = dict(bench.modes(batch))

@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "SMALL_BATCHES": SMALL_BATCHES[-1:],
         "LARGE_BATCHES": {"mixed": SMALL_BATCHES[-1]},
         "_SMALL": model,
-        "_LARGE": model,
+        "LARGE_SHAPE": model,
     }.items():
         monkeypatch.setattr(virtual_network, name, value)
 
