@@ -26,6 +26,7 @@ from gpu_parts.results import Results  # noqa: E402
 
 SECONDS = 570.0
 OUT_OF_TIME = -1000  # no exit status: those of signals end at -64
+_LEAST_CAPABILITY, _LEAST_TORCH, _LEAST_TRITON = (9, 0), (2, 11), (3, 6)
 _GRACE_SECONDS = 15.0  # beyond its share, for what a part had begun
 _GATHER_SECONDS = 2.0
 
@@ -78,12 +79,26 @@ def what_is_missing() -> str | None:
             "make gpu needs PyTorch 2.11 or later built for CUDA; this Python has no torch (PYTHON=... names another)."
         )
     if not torch.cuda.is_available():
-        return "make gpu measures an NVIDIA GPU of compute capability 9.0 or similar; PyTorch sees none here."
+        return "make gpu measures an NVIDIA GPU of compute capability 9.0 or later; PyTorch sees none here."
+    if (capability := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
+        return "make gpu measures an NVIDIA GPU of compute capability 9.0 or later; this one has {}.{}.".format(
+            *capability
+        )
+    if _release(torch.__version__) < _LEAST_TORCH:
+        return f"make gpu needs PyTorch 2.11 or later; this Python has {torch.__version__} (PYTHON=... names another)."
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return "make gpu needs Triton 3.6 or later; this Python has none (PYTHON=... names another)."
+    if _release(triton.__version__) < _LEAST_TRITON:
+        return f"make gpu needs Triton 3.6 or later; this Python has {triton.__version__} (PYTHON=... names another)."
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """The first two numbers: 2.11.0+cu130 is (2, 11)."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def run_parts(results: Results, seconds: float, passed_on: Sequence[str], scratch: Path) -> int:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +46,32 @@ def test_a_machine_without_a_gpu_is_told_in_one_line_what_is_needed(command: str
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if not line.startswith(("make: ", "make["))]
     assert len(said) == 1 and "NVIDIA GPU" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "torch_version", "triton_version", "said"),
+    [
+        ((9, 0), "2.11.0+cu130", "3.6.0", None),
+        ((10, 0), "2.13.1", "3.10.2", None),
+        ((8, 0), "2.11.0", "3.6.0", "this one has 8.0"),
+        ((9, 0), "2.4.0", "3.6.0", "this Python has 2.4.0"),
+        ((9, 0), "2.11.0", "3.5.1", "this Python has 3.5.1"),
+    ],
+)
+def test_an_old_gpu_or_library_is_told_at_once(
+    gpu: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    torch_version: str,
+    triton_version: str,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton_version))
+    missing = gpu.what_is_missing()
+    assert missing is None if said is None else missing is not None and said in missing
 
 
 def test_parts_run_in_order_each_within_its_seconds(
