@@ -242,13 +242,14 @@ def _best_drawn(
             kept = (keys > threshold_key) | ((keys == threshold_key) & (ids <= threshold_id))
             logits = tl.where(kept, logits, float("-inf"))
         scaled = logits * inverse
-        # At first the best is minus infinity, and nothing is ruled out.
-        floor = tl.where(best > float("-inf"), best - (_NOISE_ERROR + tl.abs(best) * _SCORE_ERROR), best)
+        # An infinite one has no error: nothing is ruled out at first, and no infinity later.
+        floor = best - tl.where(tl.abs(best) < float("inf"), _NOISE_ERROR + tl.abs(best) * _SCORE_ERROR, 0.0)
         bound = tl.max(scaled, axis=0)
         if (bound > float("-inf")) & (bound + _LARGEST_NOISE >= floor):
             scores = scaled + approximate_noise(uniform(low, high, ids))
             top = tl.max(scores, axis=0)
-            floor = tl.maximum(floor, top - 2.0 * (_NOISE_ERROR + tl.abs(top) * _SCORE_ERROR))
+            error = tl.where(tl.abs(top) < float("inf"), _NOISE_ERROR + tl.abs(top) * _SCORE_ERROR, 0.0)
+            floor = tl.maximum(floor, top - 2.0 * error)
             next_id = tl.min(tl.where(scores >= floor, ids, _NO_ID), axis=0)
             while next_id != _NO_ID:
                 logit = tl.load(row_logits + next_id).to(tl.float32)

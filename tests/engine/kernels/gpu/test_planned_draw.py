@@ -29,8 +29,22 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_plans_are_drawn_as_by_the_sampler(device: torch.device, name: str) -> None:
     params = PLANS[name]
-    num_rows, vocab_size = len(params), 600
-    logits_KV = torch.randn(num_rows, vocab_size, device=device) * 2
+    check(params, torch.randn(len(params), 600, device=device) * 2, device)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("name", PLANS)
+def test_infinite_logits_are_drawn(device: torch.device, name: str) -> None:
+    """As a model in float16 overflows to."""
+    params = PLANS[name]
+    logits_KV = torch.randn(len(params), 600, device=device) * 2
+    logits_KV[:, 7] = logits_KV[0, 300] = torch.inf
+    check(params, logits_KV, device)
+
+
+def check(params: list[SamplingParams], logits_KV: torch.Tensor, device: torch.device) -> None:
+    """Both draw the same tokens."""
+    num_rows, vocab_size = logits_KV.shape
     table = SamplingTable(num_rows, vocab_size)
     for row, sampling in enumerate(params):
         table.admit(row, sampling, 1)
