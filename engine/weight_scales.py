@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from engine.checkpoint import FP8, Checkpoint
+from engine.errors import CheckpointError
 from engine.fp8_checkpoint import Fp8Checkpoint
 
 if TYPE_CHECKING:
@@ -58,10 +59,15 @@ class WeightScales:
         )
 
     def read(self, tensors: Any, source: Sequence[slice]) -> "Tensor":
-        """Float32 scales [rows, 1] or [rows, columns] of this part of the weight; `tensors` is the opened file."""
+        """Float32 scales [rows, 1] or [rows, columns] of this part of the weight; `tensors` is the opened file.
+
+        Raises `CheckpointError` for values that scale nothing.
+        """
         import torch
 
         scales: Tensor = tensors.get_tensor(self.tensor).float().reshape(-1, self.num_columns)
+        if not (scales.isfinite() & (scales >= 0)).all():
+            raise CheckpointError(f"{self.tensor} has scales that are negative or not finite: the file is damaged.")
         rows = torch.arange(source[0].start, source[0].stop) // self.rows_per_scale
         scales = scales[rows]
         if self.num_columns == 1:

@@ -1,6 +1,7 @@
 """Weights in FP8: quantised at load rank by rank, and checkpoints that hold them already, in every form."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,13 @@ def _integer_scales(tensors: dict[str, Tensor]) -> None:
     tensors[NAME + "_scale"] = torch.ones((), dtype=torch.int32)
 
 
+def _scale_of(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[NAME + "_scale"] = torch.tensor(value)
+
+    return change
+
+
 def _norm_in_fp8(tensors: dict[str, Tensor]) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
     tensors["model.norm.weight_scale"] = torch.ones(())
@@ -185,6 +193,10 @@ def _norm_in_fp8(tensors: dict[str, Tensor]) -> None:
         (_without_scale, rf"{NAME} is stored as F8_E4M3, but there is neither {NAME}_scale nor {NAME}_scale_inv"),
         (_scales_of_nothing, rf"{NAME}_scale has shape \[7\], which are the scales of no rows or blocks of {NAME}"),
         (_integer_scales, rf"{NAME}_scale is stored as I32"),
+        *(
+            (_scale_of(value), rf"{NAME}_scale has scales that are negative or not")
+            for value in (math.nan, math.inf, -1.0)
+        ),
         (_norm_in_fp8, r"model.norm.weight of shape \[64\] is stored as F8_E4M3, which only matrices can be"),
     ],
 )
