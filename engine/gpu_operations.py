@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.kernels.fp8_product import QuantisedRows
+from engine.kernels.fp8_product import QuantisedRows, product_of_quantised
 from engine.kernels.gpu import decode_config as decode_configs
 from engine.kernels.gpu import gemm_config as gemm_configs
 from engine.kernels.gpu.activation import silu_mul, silu_mul_fp8
@@ -87,6 +87,10 @@ def _multiply(linear: Linear, units: UnitsAtHand, input_TI: Tensor, *, output: T
             *quantise_rows(input_TI), linear.weight, linear.weight_scale, bias_N=linear.bias, output=output,
             output_dtype=input_TI.dtype, num_sms=num_sms, config=config,
         )  # fmt: skip
+    most_programs = units.grant.most_programs
+    if linear.weight_scale is not None and most_programs is not None:
+        rows = QuantisedRows(*quantise_rows(input_TI, num_ctas=most_programs), input_TI.dtype)
+        return product_of_quantised(rows, linear.weight, linear.weight_scale, linear.bias, output)
     if output is None:
         product: Tensor = type(linear).forward(linear, input_TI)
         return product

@@ -264,3 +264,27 @@ def test_a_product_in_fp8_leaves_room_too_where_its_columns_let_it(num_outputs: 
             gpu_operations._multiply(linear, units, hidden, output=output)
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
     assert sizes == ([3] if num_outputs == 32 else [])
+
+
+@torch.inference_mode()
+def test_a_product_in_fp8_is_quantised_within_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linear, units = ColumnParallelLinear(64, 32, TensorParallel()), UnitsAtHand(NUM_UNITS)
+    linear.use_fp8()
+    linear.weight.copy_(torch.randn(32, 64))
+    assert linear.weight_scale is not None
+    linear.weight_scale.fill_(0.5)
+    hidden = torch.randn(7, 64, dtype=torch.bfloat16)
+    expected = linear(hidden)
+    limits: list[int | None] = []
+    real: Any = vars(gpu_operations)["quantise_rows"]
+
+    def noted(*operands: Any, num_ctas: int | None = None) -> Any:
+        limits.append(num_ctas)
+        return real(*operands, num_ctas=num_ctas)
+
+    monkeypatch.setattr(gpu_operations, "quantise_rows", noted)
+    with units.granted(UnitGrant(num_units=3, is_apart=False)):
+        limited = gpu_operations._multiply(linear, units, hidden)
+    torch.testing.assert_close(limited, expected, rtol=2e-2, atol=2e-2)
+    assert limits == [3]
