@@ -157,7 +157,7 @@ def _living_nodes(head: str) -> set[str]:
 
     try:
         nodes = GcsClient(address=head).get_all_node_info(timeout=10).values()
-    except Exception:
+    except Exception:  # whatever Ray raises for a head that is gone, silent or another's: it knows nobody of ours
         return set()
     alive = 0
     return {known.node_manager_address for known in nodes if known.state == alive}

@@ -8,7 +8,7 @@ models with the same two operators (`torch._inductor.mkldnn_lowerings`).
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch import library as torch_operators
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # The number of tokens that the layout is chosen for; it serves every other.
@@ -31,7 +31,7 @@ def pack(weight_OI: Tensor) -> Tensor:
     return packed
 
 
-@custom_op("engine_kernels::packed_linear", mutates_args=())
+@torch_operators.custom_op("engine_kernels::packed_linear", mutates_args=())
 def linear(input_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """[T, I] -> [T, O], as `torch.nn.functional.linear` with the weight that was packed."""
     return product(input_TI, packed_OI, bias_O)
