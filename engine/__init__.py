@@ -18,6 +18,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.executor import CacheCapacity, Executor
+from engine.finished_request import FinishedRequest
 from engine.fp8_support import check_cpu
 from engine.host_memory import resident_memory
 from engine.inline_executor import InlineExecutor
@@ -56,6 +57,7 @@ __all__ = [
     "EngineStats",
     "Executor",
     "FinishReason",
+    "FinishedRequest",
     "InlineExecutor",
     "LLMEngine",
     "LengthRange",
