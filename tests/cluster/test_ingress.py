@@ -1,10 +1,10 @@
 """The HTTP side, over a real socket: answers, streams, errors in OpenAI's shape, disconnects, overload, metrics."""
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -159,7 +159,7 @@ async def test_a_body_of_ten_megabytes_is_refused_politely(served: Pair) -> None
 
 async def test_a_request_the_engine_refuses_is_a_400_also_when_streamed(served: Pair) -> None:
     made, client = served
-    made.replica.engine._capacity = made.replica.capacity.__class__(num_blocks=2, block_size=16)
+    made.replica.engine._limits = replace(made.replica.engine._limits, cache_tokens=32)
     for stream in (False, True):
         response = await client.post("/v1/completions", json=completion(max_tokens=100, stream=stream))
         assert response.status_code == 400
@@ -284,8 +284,11 @@ async def test_calls_are_judged_by_the_objectives(served: Pair) -> None:
 
 async def test_a_bug_is_a_500_without_its_cause(served: Pair, caplog: pytest.LogCaptureFixture) -> None:
     made, client = served
-    with contextlib.suppress(RuntimeError):
-        made.dispatcher.open = lambda requests: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+
+    def broken(*arguments: object) -> Any:
+        return 1 / 0
+
+    made.dispatcher.open = broken  # type: ignore[method-assign,assignment]
     response = await client.post("/v1/completions", json=completion())
     assert response.status_code == 500
     assert "division" not in response.text
