@@ -152,7 +152,7 @@ def test_a_prompt_meets_the_last_feed_forward_with_one_token(
     model: Decoder, launch: Callable[[Batch], PendingStep], alone: list[list[int]]
 ) -> None:
     num_rows: list[int] = []
-    last = model.layers[-1].feed_forward.down_proj
+    last = model.get_submodule(f"layers.{CONFIG.model.num_layers - 1}.feed_forward.down_proj")
     hook = last.register_forward_hook(lambda module, inputs, output: num_rows.append(len(output)))
     script = BatchScript(NUM_BLOCKS, CONFIG.block_size)
     script.admit(0, PROMPTS[0], SAMPLINGS[0])
