@@ -87,11 +87,13 @@ class GroupedExperts(Operation):
         num_used = num_experts * (1 - (1 - self.num_experts_per_token / num_experts) ** shape.num_tokens)
         moved_hidden = 7 * num_copies + shape.num_tokens  # sorted, read, written, put back, weighted and summed
         moved_intermediate = 6 * num_copies  # gate and up written and read, their product written and read
-        parameter_bytes = element_bytes * 3 * hidden * intermediate
+        parameter_bytes, fp8_flops = element_bytes * 3 * hidden * intermediate, 0.0
         if self.down_proj_scale is not None:
+            fp8_flops = num_copies * 6 * hidden * intermediate
             parameter_bytes = 3 * hidden * intermediate + SCALE_BYTES * (2 * intermediate + hidden)
         return Work(
             flops=num_copies * (6 * hidden * intermediate + 5 * intermediate + 2 * hidden),
+            fp8_flops=fp8_flops,
             weight_bytes=num_used * parameter_bytes,
             sharded_bytes=moved_intermediate * intermediate * element_bytes,
             replicated_bytes=moved_hidden * hidden * element_bytes,

@@ -103,7 +103,7 @@ class Profiler:
         self._done = Profile(
             fingerprint=dict(fingerprint),
             source=f"measured on {fingerprint.get('device', device.type)}, {tensor_parallel.size} rank(s), {grid.name}",
-            element_bytes=config.dtype.num_bytes,
+            number_format=config.number_format,
             layer=program.graph.signature,
         )
 

@@ -68,7 +68,7 @@ def profile_rank(rank: int, size: int, checkpoint: Path, output: Path) -> None:
         Profile(
             fingerprint=full.fingerprint,
             source=full.source,
-            element_bytes=full.element_bytes,
+            number_format=full.number_format,
             layer=full.layer,
             nodes=nodes,
             interference=full.interference[:6],

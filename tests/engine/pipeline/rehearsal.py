@@ -14,6 +14,7 @@ from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.model_config import Architecture, DType
 from engine.models import build_model
+from engine.number_format import NumberFormat
 from engine.operation import TokenKind
 from engine.pipeline import selection
 from engine.pipeline.graph import OperationGraph
@@ -149,7 +150,7 @@ def made_up_profile() -> Profile:
         is_decode = node.tokens is TokenKind.DECODE
         shape = BatchShape(num_decodes=8.0 * is_decode, num_prefills=8.0 * (not is_decode))
         nodes[node.name] = NodeProfile((Sample(shape, 0.001),))
-    return Profile(fingerprint=FINGERPRINT, source="made up", element_bytes=4, nodes=nodes)
+    return Profile(fingerprint=FINGERPRINT, source="made up", number_format=NumberFormat.FLOAT32, nodes=nodes)
 
 
 class Clock:
