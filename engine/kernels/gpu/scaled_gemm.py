@@ -91,7 +91,8 @@ def library_takes(
     """
     num_columns, num_inner = b_NK.shape
     return (
-        num_inner % _LIBRARY_MULTIPLE == 0
+        len(a_TK) > 0 < b_NK.numel()
+        and num_inner % _LIBRARY_MULTIPLE == 0
         and num_columns % _LIBRARY_MULTIPLE == 0
         and a_TK.is_contiguous()
         and b_NK.is_contiguous()
