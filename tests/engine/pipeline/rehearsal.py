@@ -17,6 +17,7 @@ from engine.models import build_model
 from engine.number_format import NumberFormat
 from engine.operation import TokenKind
 from engine.pipeline import selection
+from engine.pipeline.agreed_times import AgreedTimes
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import NanoBatch
 from engine.pipeline.pipeline import Pipeline
@@ -24,7 +25,8 @@ from engine.pipeline.plan import Candidate, Plan, StopReason
 from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import NodeProfile, Profile, Sample
-from engine.pipeline.profiler import QUICK, Profiler
+from engine.pipeline.profile_grid import QUICK
+from engine.pipeline.profiler import Profiler
 from engine.pipeline.schedule import Lane, Schedule
 from engine.pipeline.selection import Effort, Selector
 from engine.pipeline.trial import Contestant, Timing
@@ -84,7 +86,7 @@ class Rehearsal:
         patch.setattr(selection, "Stopwatch", Clock(self))
         patch.setattr(selection, "fingerprint_of", lambda *_: FINGERPRINT)
         patch.setattr(Profiler, "_load", lambda *_: None)
-        patch.setattr(Profiler, "_medians", lambda _, loads, *__, **___: self.medians(len(loads)))
+        patch.setattr(AgreedTimes, "medians", lambda _, loads, *__, **___: self.medians(len(loads)))
         patch.setattr(Profiler, "_pair_speeds", lambda *_: (1.0, 1.0))
 
     @property
