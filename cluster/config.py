@@ -191,7 +191,7 @@ def _first_problem(error: ValidationError) -> str:
 
 def _key(problem: "ErrorDetails") -> str:
     """The recipe's key, without the kinds and functions that pydantic names on the way to what it checked."""
-    sections = (ServingConfig, *_SECTIONS.values())
+    sections: tuple[type[BaseModel], ...] = (ServingConfig, *_SECTIONS.values())
     is_unknown = problem["type"] == "extra_forbidden"
     parts = (
         part
