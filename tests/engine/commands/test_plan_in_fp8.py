@@ -19,6 +19,7 @@ from engine.pipeline.devices import data_sheet
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.planned_model import trace_planned_layer
 from engine.pipeline.profile import NodeProfile, Profile, Sample
+from engine.pipeline.profile_summary import profile_summary
 from engine.pipeline.roofline import RooflineCosts
 from engine.random_checkpoint import sized_config
 from engine.tensor_parallel import TensorParallel
@@ -68,6 +69,7 @@ def test_a_profile_is_planned_against_the_peak_of_its_own_format(
     assert result["optimal_tokens_per_second_per_device"] == pytest.approx(peak / (2 * result["layer_parameters"]))
     assert 0 < result["percent_of_optimal"] < 100 / 1.1
     assert planned("--profile", path, "--dtype", number_format.value)["dtype"] == number_format
+    assert profile_summary(Profile.read(Path(path))).startswith(f"measured on NVIDIA H200; {number_format}\n")
 
 
 @pytest.mark.parametrize(("measured", "asked"), [("fp8", "bfloat16"), ("bfloat16", "fp8"), ("bfloat16", "float16")])
