@@ -221,8 +221,8 @@ def test_padding_goes_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     runner.padded = None
     runner.launch(script.step(decodes=[0, 1])).wait()
     num_layers = config.model.num_layers
-    assert padded is not None
-    assert told == [(4, 3)] * num_layers + [(2, 2)] * 2 * num_layers
+    assert padded is not None and told[:num_layers] == [(4, 3)] * num_layers
+    assert set(told[num_layers:]) == {(2, 2)}
 
 
 def batch_of_mixed() -> Batch:
