@@ -87,11 +87,11 @@ class LaneGrants:
     def close(self) -> None:
         """Give the parts of the device back; no graph that was captured on them may be left. Idempotent.
 
-        What the driver refuses is logged: whoever closes has nothing else to try.
+        What fails is logged: whoever closes has nothing else to try, and other things to close.
         """
         while self._partitions:
             _, partition = self._partitions.popitem()
             try:
                 partition.destroy()
-            except GreenPartitionError as error:
+            except RuntimeError as error:  # the driver's refusal, or torch's of a device that has failed
                 _log.warning("A part of the device was not given back: %s", error)
