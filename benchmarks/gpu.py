@@ -53,9 +53,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parts = [part for part in Part if arguments.part is None or part in arguments.part]
     with tempfile.TemporaryDirectory(prefix="nanoserve-gpu-") as scratch:
         try:
-            results = Results(
-                Path(scratch) / "parts", None if arguments.out is None else arguments.out.resolve(), parts
-            )
+            folder = None if arguments.out is None else arguments.out.resolve()
+            results = Results(Path(scratch) / "parts", folder, parts)
             results.gather()
         except OSError as error:
             print(f"--out {arguments.out} cannot be written to: {error.strerror}.", file=sys.stderr)
@@ -129,15 +128,8 @@ def run_parts(results: Results, seconds: float, passed_on: Sequence[str], scratc
         share = shares(results.parts[index:], left)[part]
         print(f"\n{part.value}: up to {share:.0f} s", flush=True)
         command = [sys.executable, str(Path(__file__).resolve()), "--inside", "--part", part.value]
-        command += [
-            "--out",
-            str(results.inside),
-            "--seconds",
-            f"{max(share, 0.1):.1f}",
-            "--scratch",
-            str(scratch),
-            *passed_on,
-        ]
+        seconds_text = f"{max(share, 0.1):.1f}"  # a part without time says what it left out
+        command += ["--out", str(results.inside), "--seconds", seconds_text, "--scratch", str(scratch), *passed_on]
         code = _code_of(subprocess.Popen(command, env=environment), share, results)
         if code not in (0, 1):
             reason = f"was stopped {_GRACE_SECONDS:.0f} s after its {share:.0f} s: out of time"

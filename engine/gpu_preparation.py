@@ -37,6 +37,11 @@ class GpuPreparation:
         self._ranks = RankAgreement(tensor_parallel, runner.device)
         self._tell = tell
 
+    def prepare(self, model: Decoder, cache: KVCache) -> None:
+        """All of it, of the runner's model and cache."""
+        self.capture_steps()
+        self.time_operations(model, cache)
+
     def capture_steps(self) -> None:
         """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
 

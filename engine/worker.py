@@ -141,9 +141,7 @@ class Worker:
             uses_gpu_kernels=uses_gpu_kernels,
         )
         if uses_gpu_kernels:
-            preparation = GpuPreparation(config, self._runner, tensor_parallel, self._tell)
-            preparation.capture_steps()
-            preparation.time_operations(model, cache)
+            GpuPreparation(config, self._runner, tensor_parallel, self._tell).prepare(model, cache)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         rates = gemm.flops_per_second, gemm.dense_flops_per_second, gemm.wide_flops_per_second or 0.0
         fastest, fastest_dense, fastest_wide = (round(rate) for rate in self._ranks.largest(rates))
