@@ -27,6 +27,8 @@ PART ?=
 SCHEDULES ?=
 ARGS ?=
 GPU_ARGS = $(addprefix --part ,$(PART)) $(if $(SCHEDULES),--schedules "$(SCHEDULES)") $(ARGS)
+# Where they are: those of the engine need neither Ray nor a web server.
+GPU_TESTS = $(or $(ARGS),tests/engine)
 
 .PHONY: help install serve test test-slow test-all test-gpu gpu lint format types imports check constraints clean
 
@@ -59,8 +61,13 @@ else
 	PYTHONPATH=. $(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 endif
 
-test-gpu: install  ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m "gpu or multi_gpu"
+test-gpu:  ## run the tests that need a GPU, and with two of them those of two ranks; PYTHON=python3 as for gpu
+ifeq ($(origin PYTHON),command line)
+	$(PYTHON) -m pytest -m "gpu or multi_gpu" $(GPU_TESTS)
+else
+	$(MAKE) install
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" $(GPU_TESTS)
+endif
 
 lint: install  ## check formatting and style
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ or a part did not end, with 2 where nothing can be measured. See docs/GPU.md.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -51,14 +52,20 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     parts = [part for part in Part if arguments.part is None or part in arguments.part]
     with tempfile.TemporaryDirectory(prefix="nanoserve-gpu-") as scratch:
-        results = Results(Path(scratch) / "parts", None if arguments.out is None else arguments.out.resolve(), parts)
+        try:
+            folder = None if arguments.out is None else arguments.out.resolve()
+            results = Results(Path(scratch) / "parts", folder, parts)
+            results.gather()
+        except OSError as error:
+            print(f"--out {arguments.out} cannot be written to: {error.strerror}.", file=sys.stderr)
+            return 2
         return run_parts(results, arguments.seconds, _passed_on(arguments), Path(scratch))
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=Part, choices=list(Part), action="append", help="may be repeated; default: all")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
+    parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="of all parts together")
     parser.add_argument("--out", type=Path, help="a folder for everything measured; default: only the table is printed")
     parser.add_argument("--schedules", type=Path, help="a folder of planned schedules, to be run")
     parser.add_argument(
@@ -68,6 +75,16 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check-worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(given)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, such as {SECONDS:.0f}, but is {text!r}")
+    return seconds
 
 
 def what_is_missing() -> str | None:
@@ -111,7 +128,8 @@ def run_parts(results: Results, seconds: float, passed_on: Sequence[str], scratc
         share = shares(results.parts[index:], left)[part]
         print(f"\n{part.value}: up to {share:.0f} s", flush=True)
         command = [sys.executable, str(Path(__file__).resolve()), "--inside", "--part", part.value]
-        command += ["--out", str(results.inside), "--seconds", f"{share:.1f}", "--scratch", str(scratch), *passed_on]
+        seconds_text = f"{max(share, 0.1):.1f}"  # a part without time says what it left out
+        command += ["--out", str(results.inside), "--seconds", seconds_text, "--scratch", str(scratch), *passed_on]
         code = _code_of(subprocess.Popen(command, env=environment), share, results)
         if code not in (0, 1):
             reason = f"was stopped {_GRACE_SECONDS:.0f} s after its {share:.0f} s: out of time"

@@ -30,7 +30,6 @@ from engine.operation import TokenKind
 from engine.pipeline.capture import Captures
 from engine.pipeline.granted_loads import GrantedLoads
 from engine.pipeline.graph import OperationGraph
-from engine.pipeline.lanes import lanes_for
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.placement import GPU_LANES, lane_of
@@ -160,12 +159,12 @@ class Bench:
         """What lanes can overlap by on this device with this model's kernels; the log says why not by the others."""
         if self.device.type != "cuda":
             return list(Mechanism)
-        offered = GrantedLoads(self.device, self.pipeline.units).offered()
+        offered = GrantedLoads(self.device, self.pipeline.units, self.pipeline.lanes_on(self.device).grants).offered()
         return [mechanism for mechanism, is_offered in offered.items() if is_offered]
 
     def runner(self, contestant: Contestant, step: StepInputs) -> Callable[[], Tensor]:
         """What runs the layers once and returns the hidden states."""
-        lanes = lanes_for(self.device, overlaps=contestant.overlaps)
+        lanes = self.pipeline.lanes_on(self.device).of(overlaps=contestant.overlaps)
         return lambda: self.pipeline.run(step, contestant.schedule, lanes, Stopwatch())
 
 
@@ -257,7 +256,7 @@ def _check_padded(bench: Bench, shape: BatchShape, captures: Captures | None, er
     equal = True
     for mode, contestant in bench.modes(shape):
         first: Tensor | None = None
-        lanes = lanes_for(bench.device, overlaps=contestant.overlaps)
+        lanes = bench.pipeline.lanes_on(bench.device).of(overlaps=contestant.overlaps)
         sequential = padded.sequential
         run = sequential if mode == "sequential" else padded.by(contestant.schedule, lanes)
         is_left_out = mode != "sequential" and run.run is sequential.run  # the log says why

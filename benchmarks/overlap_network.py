@@ -96,7 +96,7 @@ HEADINGS = (
 def measure(worker: "Worker", megabits: float, num_tokens: int, seconds: float) -> Cell:
     """One cell, on one rank; all ranks return the same but for their own computing times."""
     from engine.pipeline.profile import MeasuredCosts
-    from engine.pipeline.profiler import QUICK
+    from engine.pipeline.profile_grid import QUICK
     from engine.pipeline.selection import Selector
     from engine.pipeline.trial import Trial
 

@@ -7,16 +7,19 @@ the environment are read here. It starts nothing and imports neither Ray nor tor
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from engine import CompileMode, ConfigError, DeviceKind, EngineConfig, ModelConfig, NumberFormat, PipelineMode
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -227,8 +230,8 @@ def _merged(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"] if part != "function-before[parse_bytes(), int]")
+    problems = error.errors(include_url=False)
+    problem, key = problems[0], _key(problems[0])
     if problem["type"] == "extra_forbidden":
         section = _SECTIONS.get(key.split(".")[0], ServingConfig) if "." in key else ServingConfig
         known = list(section.model_fields)
@@ -238,4 +241,25 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"the key {key!r} is missing."
     message = problem["msg"].removeprefix("Value error, ")
+    of_key = [other for other in problems if _key(other) == key]
+    if len(of_key) > 1:  # a value of one of several kinds, each of which says what it takes
+        message = f"input should be {_choices([other['ctx']['expected'] for other in of_key])}"
     return f"{key}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}."
+
+
+def _key(problem: "ErrorDetails") -> str:
+    """The recipe's key, without the kinds and functions that pydantic names on the way to what it checked."""
+    sections: tuple[type[BaseModel], ...] = (ServingConfig, *_SECTIONS.values())
+    is_unknown = problem["type"] == "extra_forbidden"
+    parts = (
+        part
+        for part in problem["loc"]
+        if is_unknown or isinstance(part, int) or any(part in section.model_fields for section in sections)
+    )
+    return ".".join(map(str, parts))
+
+
+def _choices(expected: Sequence[str]) -> str:
+    """Of "'a' or 'b'" and "'c'": 'a', 'b' or 'c'."""
+    *others, last = (name for names in expected for name in names.replace(" or ", ", ").split(", "))
+    return f"{', '.join(others)} or {last}"

@@ -4,13 +4,17 @@ Here is decided whether the kernels can compute it, from sizes alone: all of the
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
 
 from engine.config import EngineConfig
 from engine.models.decoder import Decoder
+from engine.pipeline.rank_agreement import RankAgreement
 from engine.units_at_hand import UnitsAtHand
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -24,13 +28,25 @@ _ROW_BYTES = 16  # what tiles of experts are loaded by
 _INTERPRETED_SMS = 2
 
 
-def use_gpu_kernels(model: Decoder, config: EngineConfig, device: torch.device, tell: Callable[[str], None]) -> bool:
-    """Have the model's operations computed by kernels; where they cannot, tell why, and plain torch goes on."""
-    reason = unsupported(config)
-    if reason is None and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _LEAST:
-        reason = f"kernels want compute capability 9.0 or later, and this device has {capability[0]}.{capability[1]}"
-    if reason is None and importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed"
+def use_gpu_kernels(
+    model: Decoder,
+    config: EngineConfig,
+    device: torch.device,
+    tell: Callable[[str], None],
+    ranks: RankAgreement | None = None,
+) -> bool:
+    """Have the model's operations computed by kernels; where they cannot, tell why, and plain torch goes on.
+
+    With `ranks`, the others of a group, it is so on all of them or on none: they would have other graphs, and steps of
+    other sizes, and wait for each other's collectives.
+    """
+    reason = refusal(config, device)
+    if ranks is not None:
+        (is_able,) = ranks.smallest([reason is None])
+        if reason is not None and not ranks.is_first:
+            _log.warning("This rank cannot compute by kernels, so none of its group does: %s.", reason)
+        if not is_able:
+            reason = reason or "another rank cannot compute by kernels, as its own log says"
     if reason is not None:
         tell(f"layers are computed by plain torch and no step becomes a CUDA graph: {reason}")
         return False
@@ -40,6 +56,16 @@ def use_gpu_kernels(model: Decoder, config: EngineConfig, device: torch.device, 
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else _INTERPRETED_SMS
     compute_with_kernels(model, UnitsAtHand(num_sms, no_guests(config)))
     return True
+
+
+def refusal(config: EngineConfig, device: torch.device) -> str | None:
+    """Why the kernels cannot compute this model here; None where they can."""
+    reason = unsupported(config)
+    if reason is None and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _LEAST:
+        reason = f"kernels want compute capability 9.0 or later, and this device has {capability[0]}.{capability[1]}"
+    if reason is None and importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    return reason
 
 
 def no_guests(config: EngineConfig) -> str | None:

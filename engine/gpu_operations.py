@@ -266,9 +266,11 @@ def _experts(
     units: UnitsAtHand,
     hidden_TE: Tensor,
     router_logits_TX: Tensor,
+    step: StepInputs,
     *,
     output: Tensor | None = None,
 ) -> Tensor:
+    """Rows of a padded step that have no token go to no expert."""
     return mixture_of_experts(
         hidden_TE,
         router_logits_TX,
@@ -278,6 +280,6 @@ def _experts(
         normalise=experts.normalise,
         round_scores=experts.round_scores,
         num_sms=units.grant.num_units,
-        num_tokens=experts.num_tokens,
+        positions_T=step.positions,
         output=output,
     )

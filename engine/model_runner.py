@@ -19,7 +19,6 @@ from engine.layers.attention import DecodeAttention
 from engine.models.decoder import Decoder
 from engine.pending_step import PendingStep
 from engine.pipeline.capture import Captures
-from engine.pipeline.lanes import lanes_for
 from engine.pipeline.padded_layers import PaddedLayers
 from engine.pipeline.padded_steps import PaddedSteps
 from engine.pipeline.pipeline import Pipeline
@@ -55,7 +54,7 @@ class ModelRunner:
         self.padded: PaddedSteps | None = None
         self.pipeline = pipeline
         self._overlaps = config.pipeline is PipelineMode.OVERLAP
-        self._lanes = lanes_for(device, overlaps=self._overlaps)
+        self._lanes = pipeline.lanes_on(device).of(overlaps=self._overlaps)
         # On a GPU: what shares out the time of a step, once it has been measured.
         self.device_times: DeviceTimes | None = None
         self.plans = PlanChoice(pipeline.sequential, plans)
@@ -78,7 +77,7 @@ class ModelRunner:
         """Run the steps from now on by other plans; benchmarks compare modes on one model with it."""
         self.plans = plans
         self._overlaps = overlaps
-        self._lanes = lanes_for(self.device, overlaps=overlaps)
+        self._lanes = self.pipeline.lanes_on(self.device).of(overlaps=overlaps)
         if self.padded is not None:
             self.padded.serve(plans, self._lanes)
 

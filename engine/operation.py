@@ -45,12 +45,13 @@ class CacheUse(StrEnum):
 class Work:
     """What one rank does for an operation. Bytes and floating-point operations, a multiplication and an addition each.
 
-    `weight_bytes` are read once, however many tokens there are. `sharded_bytes` of activations and cache differ from
-    rank to rank; `replicated_bytes` are the same tokens on each, which a count over the whole group takes once.
-    `network_bytes` leave this rank.
+    `fp8_flops` of the `flops` are products of numbers in FP8. `weight_bytes` are read once, however many tokens there
+    are. `sharded_bytes` of activations and cache differ from rank to rank; `replicated_bytes` are the same tokens on
+    each, which a count over the whole group takes once. `network_bytes` leave this rank.
     """
 
     flops: float = 0.0
+    fp8_flops: float = 0.0
     weight_bytes: float = 0.0
     sharded_bytes: float = 0.0
     replicated_bytes: float = 0.0
@@ -64,6 +65,7 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(
             flops=self.flops + other.flops,
+            fp8_flops=self.fp8_flops + other.fp8_flops,
             weight_bytes=self.weight_bytes + other.weight_bytes,
             sharded_bytes=self.sharded_bytes + other.sharded_bytes,
             replicated_bytes=self.replicated_bytes + other.replicated_bytes,

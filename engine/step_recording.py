@@ -13,7 +13,7 @@ from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, PipelineMode
 from engine.errors import ConfigError
 from engine.local_group import LocalGroup
-from engine.pipeline.lanes import Lanes, lanes_for
+from engine.pipeline.lanes import Lanes
 from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
 from engine.pipeline.plan_choice import SEQUENTIAL
 from engine.pipeline.rank_agreement import RankAgreement
@@ -116,8 +116,8 @@ def record_steps(
     cache = synthetic_cache(config, num_cached + config.max_model_len, device)
     step = synthetic_step(shape, config.max_model_len, cache, device)
 
-    one_lane = lanes_for(device, overlaps=False)
-    lanes = lanes_for(device, overlaps=mode is PipelineMode.OVERLAP)
+    of_device = pipeline.lanes_on(device)
+    one_lane, lanes = of_device.of(overlaps=False), of_device.of(overlaps=mode is PipelineMode.OVERLAP)
 
     def run(plan: Schedule, on: Lanes, stopwatch: Stopwatch) -> None:
         pipeline.run(step, plan, on, stopwatch)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from engine.batch import Batch
 from engine.config import DeviceKind, EngineConfig
 from engine.cpu_model import pack_weights, use_compiled_kernels
-from engine.device_probe import DeviceProbe
-from engine.errors import CapacityError, ConfigError, EngineDeadError, first_line
+from engine.errors import CapacityError, ConfigError, EngineDeadError
 from engine.executor import CacheCapacity
 from engine.fp8_support import settled
 from engine.gemm_peak import measure_gemm_peak
 from engine.gpu_model import use_gpu_kernels
+from engine.gpu_preparation import GpuPreparation, free_device_memory
 from engine.host_memory import keep_freed_memory, return_freed_memory
 from engine.kv_cache import KVCache
 from engine.kv_scales import KVScales
@@ -32,13 +32,12 @@ from engine.models import build_model
 from engine.models.decoder import Decoder
 from engine.network import network_of
 from engine.pending_step import PendingStep
-from engine.pipeline.agreed_captures import AgreedCaptures
+from engine.pipeline.device_lanes import DeviceLanes
 from engine.pipeline.padded_steps import reserve_padded
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.selection import Selector, effort_at_start
-from engine.pipeline.timer import GraphTimer
 from engine.tensor_bytes import tensor_bytes
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
@@ -84,6 +83,7 @@ class Worker:
         self._meter = MemoryMeter()
         self._model: Decoder | None = None
         self._cache: KVCache | None = None
+        self._lanes: DeviceLanes | None = None
         self._cache_budget = 0
         self._workspace_bytes = 0
         self._step_bytes = 0
@@ -109,11 +109,12 @@ class Worker:
         model = build_model(config.model, tensor_parallel, dtype, device, in_fp8=config.in_fp8)
         load_weights(model, config, tensor_parallel, progress)
         pipeline = Pipeline(model, config.model.hidden_size)
+        self._lanes = pipeline.lanes_on(device)
         if device.type == "cpu":
             pack_weights(model)
             return_freed_memory()  # weights as they were loaded, and now are packed
             use_compiled_kernels(model, pipeline, config, self._tell)
-        uses_gpu_kernels = device.type == "cuda" and use_gpu_kernels(model, config, device, self._tell)
+        uses_gpu_kernels = device.type == "cuda" and use_gpu_kernels(model, config, device, self._tell, self._ranks)
         self._meter.mark()
         self._ranks.meet()  # ranks that share a machine measure at the same time, as they will compute
         gemm = measure_gemm_peak(config, quick=True)
@@ -140,8 +141,7 @@ class Worker:
             uses_gpu_kernels=uses_gpu_kernels,
         )
         if uses_gpu_kernels:
-            self._capture_steps(self._runner, device)
-            self._time_operations(self._runner, model, cache, device)
+            GpuPreparation(config, self._runner, tensor_parallel, self._tell).prepare(model, cache)
         # All ranks must say the same, to the last bit: whole operations per second of the fastest.
         rates = gemm.flops_per_second, gemm.dense_flops_per_second, gemm.wide_flops_per_second or 0.0
         fastest, fastest_dense, fastest_wide = (round(rate) for rate in self._ranks.largest(rates))
@@ -152,47 +152,6 @@ class Worker:
             dense_flops_per_second=fastest_dense,
             wide_flops_per_second=fastest_wide or None,
         )
-
-    def _capture_steps(self, runner: ModelRunner, device: torch.device) -> None:
-        """Make steps CUDA graphs; a model that cannot become one, or has no memory left for them, runs without.
-
-        So on every rank, where it is so on one of them. A rank that has no memory to begin with cannot serve: it must
-        not go on, as the others wait for it in their first capture.
-        """
-        try:
-            runner.pad_steps(AgreedCaptures(device, self.tensor_parallel))
-        except torch.OutOfMemoryError:  # before any capture, which makes `CaptureMemoryError` of it: nobody else knows
-            raise
-        except RuntimeError as error:  # torch's own of captures are, and `CaptureError`
-            self._tell(f"no step becomes a CUDA graph. {first_line(error)}")
-
-    def _time_operations(self, runner: ModelRunner, model: Decoder, cache: KVCache, device: torch.device) -> None:
-        """Measure what the time of steps is shared out by; where it cannot be, it is told as a whole."""
-        padded = runner.padded
-        if padded is None:
-            return
-        probe = DeviceProbe(
-            self.config,
-            model,
-            runner.pipeline,
-            cache,
-            GraphTimer(device),
-            most_rows=padded.most_rows,
-            gather=padded.gather,
-        )
-        refusal = ""
-        try:
-            probe.measure_alone()
-        except Exception as error:  # whatever it is: steps can do without, and the other ranks wait
-            refusal = first_line(error)
-        (is_measured,) = self._ranks.smallest([not refusal])
-        if is_measured:
-            probe.measure_together()
-            runner.device_times = probe.times()
-        else:
-            self._tell(f"nobody tells where the time of steps goes. {refusal or 'Another rank could not measure it.'}")
-        del probe
-        _free_device_memory()
 
     def memory(self) -> MemoryUse | None:
         """What this rank's process holds now, that it was started; None where that cannot be known."""
@@ -231,14 +190,17 @@ class Worker:
     def close(self) -> None:
         """Leave the group and give the memory back."""
         had_device = self._runner is not None and self._runner.device.type == "cuda"
+        lanes, self._lanes = self._lanes, None
         self._runner = self._model = self._cache = None
         if had_device:
             gc.collect()  # NCCL's end waits for the graphs that hold its collectives: none may be left in a cycle
+        if lanes is not None:
+            lanes.close()  # after the graphs that were captured on them
         if self._owns_group:
             self._owns_group = False
             dist.destroy_process_group()
         if had_device:
-            _free_device_memory()
+            free_device_memory()
 
     def _tell(self, text: str) -> None:
         if self._rank == 0:
@@ -326,15 +288,6 @@ class Worker:
         if agreed == 0:
             raise CapacityError("Another rank of the group has no room for the KV cache; its own error says more.")
         return agreed
-
-
-def _free_device_memory() -> None:
-    """For the next engine of this process: operations and the functions that compute them refer to each other, and what
-    torch keeps for later is not counted as free.
-    """
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -7,9 +7,8 @@ Modes are changed between two steps of the same engine under the same load, so t
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gpu_parts.planned_schedules import MECHANISM, LeftOut, PlannedSchedule, planned_schedules
+from gpu_parts.planned_schedules import LeftOut, PlannedSchedule, planned_schedules
 from gpu_pipeline import COMPUTE_SHARE, two_nano_batches
 
 from engine.batch_shape import BatchShape
@@ -17,7 +16,7 @@ from engine.config import EngineConfig, PipelineMode
 from engine.errors import ConfigError
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_choice import PlanChoice
-from engine.pipeline.schedule import Schedule
+from engine.pipeline.schedule import Mechanism
 from engine.worker import Worker
 
 
@@ -78,10 +77,11 @@ def _halves(pipeline: Pipeline, config: EngineConfig, workload: tuple[int, int])
     shared = two_nano_batches(pipeline.graph, num_decodes, num_tokens - num_decodes, COMPUTE_SHARE)
     yield PlannedSchedule(name="halves", schedule=plain)
     yield PlannedSchedule(name=f"halves, {COMPUTE_SHARE} tenths", schedule=shared)
-    for mechanism in _other_mechanisms(plain):
+    for mechanism in Mechanism:
+        if mechanism is plain.mechanism:
+            continue
         for name, halves in ((f"halves, {COMPUTE_SHARE} tenths", shared), ("halves", plain)):
-            changes: dict[str, Any] = {MECHANISM: mechanism}
-            schedule = replace(halves, **changes)
+            schedule = replace(halves, mechanism=mechanism)
             try:
                 pipeline.check(schedule)
             except ConfigError as error:
@@ -91,9 +91,3 @@ def _halves(pipeline: Pipeline, config: EngineConfig, workload: tuple[int, int])
                 break
         else:
             yield LeftOut(name=f"halves ({mechanism})", reason=reason)
-
-
-def _other_mechanisms(schedule: Schedule) -> list[Any]:
-    """What else lanes could overlap by, where schedules say that."""
-    usual = getattr(schedule, MECHANISM, None)
-    return [] if usual is None else [mechanism for mechanism in type(usual) if mechanism is not usual]

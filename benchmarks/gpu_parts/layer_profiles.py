@@ -20,7 +20,8 @@ from engine.models.decoder import Decoder
 from engine.number_format import NumberFormat
 from engine.pipeline.fingerprint import fingerprint_of
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.profiler import QUICK, THOROUGH, Profiler
+from engine.pipeline.profile_grid import QUICK, THOROUGH
+from engine.pipeline.profiler import Profiler
 from engine.tensor_parallel import TensorParallel
 
 _SIZES = LoadSizes()  # what is profiled is what the part `throughput` runs

@@ -9,28 +9,27 @@ from pathlib import Path
 from engine.errors import ConfigError
 from engine.pipeline.bucket import buckets
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
-from engine.pipeline.schedule import Schedule
+from engine.pipeline.schedule import Mechanism, Schedule
 
-MECHANISM = "mechanism"  # the attribute of a schedule, if it has one
 _TEXTS = (".schedule", ".txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSchedule:
-    """`mechanism` is what lanes overlap by, under whatever name the schedule has for it; empty where it has none."""
+    """One schedule, and what its file calls it."""
 
     name: str
     schedule: Schedule
 
     @property
-    def mechanism(self) -> str:
-        """By the schedule."""
-        return str(getattr(self.schedule, MECHANISM, ""))
+    def mechanism(self) -> Mechanism:
+        """What lanes overlap by."""
+        return self.schedule.mechanism
 
     @property
     def title(self) -> str:
         """Name and mechanism."""
-        return f"{self.name} ({self.mechanism})" if self.mechanism else self.name
+        return f"{self.name} ({self.mechanism})"
 
     def plans(self, max_batch_tokens: int, max_sequences: int) -> PlanSet:
         """The schedule for every bucket that it fits, of those that a loaded engine's batches are in: the largest."""
@@ -80,6 +79,8 @@ def planned_schedules(folder: Path | None) -> Iterator[PlannedSchedule | LeftOut
                 ]
             else:
                 continue
+        except OSError as error:  # a folder, or a file that is somebody else's
+            yield LeftOut(name=path.name, reason=f"{path} cannot be read: {error.strerror}")
         except (ConfigError, UnicodeDecodeError) as error:
             yield LeftOut(name=path.name, reason=str(error))
         else:

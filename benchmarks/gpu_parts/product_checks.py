@@ -212,13 +212,14 @@ def _experts(sizes: CheckSizes, shape: tuple[int, int, int], precision: str) -> 
         gate_up = _weights((num_experts, 2 * width, hidden), dtype, device)
         down = _weights((num_experts, hidden, width), dtype, device)
         num_real = num_tokens - num_tokens // 4
-        real = torch.tensor([num_real], dtype=torch.int32, device=device)
+        rows_T = torch.arange(num_tokens, device=device)
+        positions_T = torch.where(rows_T < num_real, rows_T, -1)
         output = torch.empty_like(hidden_TE)
 
         def launch() -> dict[str, Tensor]:
             mixture_of_experts(
                 hidden_TE, logits_TX, gate_up, down, num_choices, normalise=True, round_scores=False,
-                num_sms=sizes.num_sms[0], num_tokens=real, output=output,
+                num_sms=sizes.num_sms[0], positions_T=positions_T, output=output,
             )  # fmt: skip
             return {"output": output}
 

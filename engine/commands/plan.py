@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from engine.commands.output_file import JsonFile, PictureFile, check_output_file, write_result, write_text
 from engine.errors import ConfigError
-from engine.model_config import DType, ModelConfig
+from engine.model_config import ModelConfig
 from engine.model_shapes import MODEL_SHAPES, model_shape
+from engine.number_format import NumberFormat
 from engine.pipeline.devices import CPU, DATA_SHEETS, DeviceSpec, data_sheet
 from engine.pipeline.schedule import Mechanism
 from engine.pipeline.unit_sharing import SharingName
@@ -18,6 +19,7 @@ from engine.pipeline.unit_sharing import SharingName
 if TYPE_CHECKING:
     from engine.pipeline.plan import SearchState
     from engine.pipeline.plan_report import PlanReport
+    from engine.pipeline.profile import Profile
 
 DEFAULT_DEVICE = "a100-80gb"
 
@@ -58,7 +60,9 @@ def plan(
     overlap: Annotated[
         Mechanism, typer.Option(help="What lanes overlap by; streams excepted, the profile must have measured it.")
     ] = Mechanism.STREAMS,
-    dtype: Annotated[DType | None, typer.Option(help="Number format (default: the model's).")] = None,
+    dtype: Annotated[
+        NumberFormat | None, typer.Option(help="Number format (default: the profile's, or else the model's).")
+    ] = None,
     network: Annotated[
         float | None, typer.Option(min=0.001, help="Gigabytes per second that a device sends (default: what is known).")
     ] = None,
@@ -79,21 +83,21 @@ def plan(
     if png is not None:
         check_matplotlib()
     name, model = _model(checkpoint, model_config)
-    chosen_dtype = dtype or model.dtype
+    measured = None if profile is None else Profile.read(profile)
+    device = device or (DEFAULT_DEVICE if checkpoint is None else CPU)
+    number_format = dtype or _number_format(model, device, measured)
     num_prompt_tokens, num_output_tokens = _workload(workload)
     model.check_tensor_parallel(devices)
     request = PlanRequest(
         name=name,
         model=model,
-        device=_device(
-            device or (DEFAULT_DEVICE if checkpoint is None else CPU), chosen_dtype, devices, threads, network
-        ),
+        device=_device(device, number_format, devices, threads, network),
         num_devices=devices,
         num_tokens=tokens,
         num_prompt_tokens=num_prompt_tokens,
         num_output_tokens=num_output_tokens,
-        dtype=chosen_dtype,
-        profile=None if profile is None else Profile.read(profile),
+        number_format=number_format,
+        profile=measured,
         sharing=sharing,
         considers_gather=gather,
         mechanism=overlap,
@@ -126,15 +130,28 @@ def _workload(text: str) -> tuple[int, int]:
     return int(prompt), int(output)
 
 
-def _device(name: str, dtype: DType, count: int, threads: int | None, network: float | None) -> DeviceSpec:
-    """The device with what the user knows of its network."""
+def _number_format(model: ModelConfig, device: str, profile: "Profile | None") -> NumberFormat:
+    """What is planned in unless the user says: as it was profiled, else as it would be served on this device."""
+    if profile is not None:
+        return profile.number_format
+    serves_fp8 = model.fp8 is not None and device != CPU and data_sheet(device).has_fp8
+    return NumberFormat.FP8 if serves_fp8 else NumberFormat(model.dtype.value)
+
+
+def _device(
+    name: str, number_format: NumberFormat, count: int, threads: int | None, network: float | None
+) -> DeviceSpec:
+    """The device with what the user knows of its network; raises `ConfigError` for one without this format."""
     from dataclasses import replace
 
     bandwidth = None if network is None else network * 1e9
+    if number_format is NumberFormat.FP8 and (name == CPU or not data_sheet(name).has_fp8):
+        able = ", ".join(sheet.name for sheet in DATA_SHEETS.values() if sheet.has_fp8)
+        raise ConfigError(f"device {name} has no FP8 matrix products: use dtype bfloat16, or a device of {able}.")
     if name == CPU:
         from engine.pipeline.measured_cpu import measure_cpu
 
-        return measure_cpu(dtype, threads or max(1, (os.cpu_count() or 1) // count), bandwidth)
+        return measure_cpu(number_format.dtype, threads or max(1, (os.cpu_count() or 1) // count), bandwidth)
     sheet = data_sheet(name)
     return sheet if bandwidth is None else replace(sheet, network_bandwidth=bandwidth)
 

@@ -85,7 +85,8 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
 
     from engine.pipeline.fingerprint import fingerprint_of
     from engine.pipeline.plan_store import PlanStore
-    from engine.pipeline.profiler import QUICK, THOROUGH, Profiler
+    from engine.pipeline.profile_grid import QUICK, THOROUGH
+    from engine.pipeline.profiler import Profiler
 
     pipeline, config = worker.runner.pipeline, worker.config
     program = pipeline.program
@@ -98,6 +99,7 @@ def measure(worker: "Worker", path: Path | None, seconds: float) -> Path:
         fingerprint,
         replace(QUICK if seconds < THOROUGH_SECONDS else THOROUGH, seconds=seconds),
         pipeline.units,
+        pipeline.lanes_on(torch.device(config.device.value)),
     )
     if path is not None:
         refuse_another_profile(path, fingerprint)

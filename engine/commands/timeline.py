@@ -67,6 +67,8 @@ def timeline(
     )
     model_config, max_model_len = _model(model, context)
     of_engine = given is None and mode is not PipelineMode.SEQUENTIAL
+    # Ranks on GPUs that overlap have a way to exchange something beside other work, and a given schedule wants it.
+    overlaps_gpus = device is DeviceKind.CUDA and tensor_parallel > 1 and mode is PipelineMode.OVERLAP
     config = EngineConfig(
         model=model_config,
         checkpoint=model,
@@ -80,7 +82,7 @@ def timeline(
         block_size=BLOCK_SIZE,
         num_blocks=-(-max_model_len // BLOCK_SIZE),  # for one sequence: the step brings a cache of its own
         num_threads=threads,
-        pipeline=PipelineMode.OVERLAP if of_engine else PipelineMode.SEQUENTIAL,
+        pipeline=PipelineMode.OVERLAP if of_engine or overlaps_gpus else PipelineMode.SEQUENTIAL,
         plan_seconds=0,  # a plan stored from here would be a server's
     )
     show_progress(f"starting {tensor_parallel} {'ranks' if tensor_parallel > 1 else 'rank'} ...")

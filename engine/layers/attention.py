@@ -29,6 +29,8 @@ class RotaryAndKVWrite(Operation):
 
     resource = Resource.MEMORY
     cache = CacheUse.WRITE
+    # Of the keys and values that are planned to be cached; None: as the activations.
+    cached_element_bytes: int | None = None
 
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel, rotary: RotaryTable) -> None:
         super().__init__()
@@ -79,14 +81,16 @@ class RotaryAndKVWrite(Operation):
 
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """Every fused column is read and written once, a token's angles are read once."""
-        num_columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        num_columns = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        num_cached = 2 * self.num_kv_heads * self.head_dim
+        cached_bytes = num_cached * (self.cached_element_bytes or element_bytes)
         num_rotated = (self.num_heads + self.num_kv_heads) * self.head_dim
         flops_per_element = 3 if self.q_norm is None else 7
         angle_bytes = self.head_dim * self.rotary.table_Md.element_size()
         return Work(
             flops=flops_per_element * shape.num_tokens * num_rotated,
             weight_bytes=sum(parameter.numel() for parameter in self.parameters()) * element_bytes,
-            sharded_bytes=2 * shape.num_tokens * num_columns * element_bytes,
+            sharded_bytes=shape.num_tokens * (num_columns * element_bytes + cached_bytes),
             replicated_bytes=shape.num_tokens * angle_bytes,
         )
 
@@ -95,6 +99,8 @@ class PagedAttention(Operation):
     """Attention of one kind of tokens over what a layer has cached; widths are columns of this rank."""
 
     cache = CacheUse.READ
+    # As above.
+    cached_element_bytes: int | None = None
 
     def __init__(self, config: ModelConfig, layer: int, tensor_parallel: TensorParallel) -> None:
         super().__init__()
@@ -161,10 +167,10 @@ class DecodeAttention(PagedAttention):
     def work(self, shape: BatchShape, element_bytes: int) -> Work:
         """A decode meets every key and value of its context, which nobody else reads: memory is what it costs."""
         context = _visible(shape.decode_context, self.window)
-        num_elements = 2 * self.query_width + context * self.cached_width
+        cached_bytes = context * self.cached_width * (self.cached_element_bytes or element_bytes)
         return Work(
             flops=4 * shape.num_decodes * context * self.query_width,
-            sharded_bytes=shape.num_decodes * num_elements * element_bytes,
+            sharded_bytes=shape.num_decodes * (2 * self.query_width * element_bytes + cached_bytes),
         )
 
 
@@ -234,10 +240,10 @@ class PrefillAttention(PagedAttention):
             return Work()
         context = _visible(shape.prefill_context, self.window)
         num_keys = max(shape.num_prefills, context)
-        num_elements = 2 * shape.num_prefills * self.query_width + num_keys * self.cached_width
+        cached_bytes = num_keys * self.cached_width * (self.cached_element_bytes or element_bytes)
         return Work(
             flops=4 * shape.num_prefills * context * self.query_width,
-            sharded_bytes=num_elements * element_bytes,
+            sharded_bytes=2 * shape.num_prefills * self.query_width * element_bytes + cached_bytes,
         )
 
 

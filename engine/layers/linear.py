@@ -99,12 +99,14 @@ class Linear(Operation):
         replicated = self.has_replicated_input * num_inputs + self.has_replicated_output * num_outputs
         sharded = num_inputs + num_outputs - replicated
         weight_bytes = (num_inputs * num_outputs + num_bias) * element_bytes
-        quantised_bytes = 0
+        quantised_bytes = fp8_flops = 0.0
         if self.weight_scale is not None:
             weight_bytes = num_inputs * num_outputs + SCALE_BYTES * num_outputs + num_bias * element_bytes
             quantised_bytes = 2 * num_inputs
+            fp8_flops = shape.num_tokens * 2 * num_inputs * num_outputs
         return Work(
             flops=shape.num_tokens * (2 * num_inputs * num_outputs + num_bias),
+            fp8_flops=fp8_flops,
             weight_bytes=weight_bytes,
             sharded_bytes=shape.num_tokens
             * (sharded * element_bytes + quantised_bytes * (not self.has_replicated_input)),

@@ -16,6 +16,7 @@ from engine.layers.collective import AllReduce
 from engine.layers.linear import Linear
 from engine.model_config import ModelConfig
 from engine.operation import Operation, Resource, Work
+from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
 from engine.weight_layout import SCALE_BYTES
 
@@ -39,8 +40,6 @@ class GroupedExperts(Operation):
         # Of each output channel of each expert, where the weights are in FP8: see `engine.kernels.row_scales`.
         self.gate_up_proj_scale: nn.Parameter | None = None
         self.down_proj_scale: nn.Parameter | None = None
-        # How many of the rows are tokens [1], on the device, where a step is padded: who computes this may skip others.
-        self.num_tokens: Tensor | None = None
 
     def use_fp8(self) -> None:
         """Have weights in FP8; to be called before they have memory."""
@@ -50,8 +49,8 @@ class GroupedExperts(Operation):
             setattr(self, name, nn.Parameter(weight_XOI, requires_grad=False))
             setattr(self, name + "_scale", nn.Parameter(scales_XO, requires_grad=False))
 
-    def forward(self, hidden_TE: Tensor, router_logits_TX: Tensor) -> Tensor:
-        """[T, E], [T, X] -> [T, E]."""
+    def forward(self, hidden_TE: Tensor, router_logits_TX: Tensor, step: StepInputs | None = None) -> Tensor:
+        """[T, E], [T, X] -> [T, E]. `step` tells whoever else computes this which rows have no token."""
         scores_Tk, experts_Tk = self.route(router_logits_TX)
         experts_S, order_S = experts_Tk.flatten().sort(stable=True)
         ends_X = torch.searchsorted(experts_S, torch.arange(self.num_experts, device=experts_S.device), right=True)
@@ -87,11 +86,13 @@ class GroupedExperts(Operation):
         num_used = num_experts * (1 - (1 - self.num_experts_per_token / num_experts) ** shape.num_tokens)
         moved_hidden = 7 * num_copies + shape.num_tokens  # sorted, read, written, put back, weighted and summed
         moved_intermediate = 6 * num_copies  # gate and up written and read, their product written and read
-        parameter_bytes = element_bytes * 3 * hidden * intermediate
+        parameter_bytes, fp8_flops = element_bytes * 3 * hidden * intermediate, 0.0
         if self.down_proj_scale is not None:
+            fp8_flops = num_copies * 6 * hidden * intermediate
             parameter_bytes = 3 * hidden * intermediate + SCALE_BYTES * (2 * intermediate + hidden)
         return Work(
             flops=num_copies * (6 * hidden * intermediate + 5 * intermediate + 2 * hidden),
+            fp8_flops=fp8_flops,
             weight_bytes=num_used * parameter_bytes,
             sharded_bytes=moved_intermediate * intermediate * element_bytes,
             replicated_bytes=moved_hidden * hidden * element_bytes,
@@ -107,9 +108,9 @@ class MixtureOfExperts(nn.Module):
         self.experts = GroupedExperts(config, tensor_parallel, round_scores)
         self.all_reduce = AllReduce(tensor_parallel, config.hidden_size)
 
-    def forward(self, hidden_TE: Tensor) -> Tensor:
+    def forward(self, hidden_TE: Tensor, step: StepInputs) -> Tensor:
         """[T, E] -> [T, E]."""
-        output_TE: Tensor = self.all_reduce(self.experts(hidden_TE, self.router(hidden_TE)))
+        output_TE: Tensor = self.all_reduce(self.experts(hidden_TE, self.router(hidden_TE), step))
         return output_TE
 
 

@@ -44,11 +44,16 @@ def build_model(
         model = Decoder(config, tensor_parallel, layers)
         model.to(dtype)
         if in_fp8:
-            for module in model.layers.modules():
-                if isinstance(module, Linear | GroupedExperts):
-                    module.use_fp8()
+            use_fp8(model.layers)
     _allocate(model, device)
     return model.eval()
+
+
+def use_fp8(layers: nn.Module) -> None:
+    """Have the products of these layers in FP8, before their weights have memory."""
+    for module in layers.modules():
+        if isinstance(module, Linear | GroupedExperts):
+            module.use_fp8()
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

@@ -24,5 +24,5 @@ class MixtralLayer(nn.Module):
     def forward(self, hidden_TE: Tensor, step: StepInputs) -> Tensor:
         """[T, E] -> [T, E]."""
         hidden_TE = hidden_TE + self.attention(self.input_norm(hidden_TE), step)
-        hidden_TE = hidden_TE + self.feed_forward(self.feed_forward_norm(hidden_TE))
+        hidden_TE = hidden_TE + self.feed_forward(self.feed_forward_norm(hidden_TE), step)
         return hidden_TE

@@ -32,5 +32,9 @@ class Qwen3MoeLayer(nn.Module):
     def forward(self, hidden_TE: Tensor, step: StepInputs) -> Tensor:
         """[T, E] -> [T, E]."""
         hidden_TE = hidden_TE + self.attention(self.input_norm(hidden_TE), step)
-        hidden_TE = hidden_TE + self.feed_forward(self.feed_forward_norm(hidden_TE))
+        normed_TE = self.feed_forward_norm(hidden_TE)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            hidden_TE = hidden_TE + self.feed_forward(normed_TE, step)
+        else:
+            hidden_TE = hidden_TE + self.feed_forward(normed_TE)
         return hidden_TE

@@ -2,7 +2,9 @@
 
 A function of the batch alone, so that every rank comes to the same one. The ladder has powers of two, and near the
 dense batch, where a loaded engine is nearly always, three quarters of it and the dense batch itself. A bucket's plan is
-made for its smallest batch, where splitting pays least, and is stretched for larger ones.
+made for its smallest batch, where splitting pays least, with the middle of its mixes, and is stretched for others. Not
+for all of them where it gives decodes a nano-batch of their own and steps are padded (`padded_schedule`): no prefill
+token can take a row there, so that full batches with fewer decodes than its rows run sequentially, which is told.
 """
 
 from bisect import bisect_right

@@ -22,12 +22,14 @@ SPLIT_SHARES = (2, 3, 4, 5)
 
 
 class GrantedLoads:
-    """On one device; `units` is what the model's kernels ask, None where none do."""
+    """On one device; `units` is what the model's kernels ask, None where none do. `grants`: those of lanes that others
+    run on, too.
+    """
 
-    def __init__(self, device: torch.device, units: UnitsAtHand | None) -> None:
+    def __init__(self, device: torch.device, units: UnitsAtHand | None, grants: LaneGrants | None = None) -> None:
         self._device = device
         self._units = units
-        self._grants = LaneGrants(device)
+        self._grants = grants or LaneGrants(device)
 
     def offered(self) -> dict[Mechanism, bool]:
         """Whether lanes can overlap by each mechanism here; why they cannot is logged."""

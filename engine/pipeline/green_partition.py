@@ -4,7 +4,7 @@ torch 2.11's own green contexts always take the first multiprocessors, so two of
 into a group and what remains (cuda.bindings, which comes with torch). A part restricts the work of its own stream and
 reserves nothing: whatever runs at the same time must be on the other stream. Kernels that launch as many programs as
 the device has multiprocessors must be told of their part's number. A captured graph keeps the part that a kernel was
-captured on, so a partition must outlive its graphs; nothing here is ever destroyed.
+captured on, so a partition must outlive its graphs; whoever made it destroys it after them.
 """
 
 import importlib
@@ -23,11 +23,16 @@ class GreenPartitionError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreenPart:
-    """A stream, and the number of multiprocessors that its work runs on. `context` is kept alive with it."""
+    """A stream, and the number of multiprocessors that its work runs on; both belong to the green `context`."""
 
     stream: torch.cuda.Stream
     num_sms: int
     context: object
+
+    def destroy(self, calls: "_Calls") -> None:
+        """Raises `GreenPartitionError` where the driver refuses."""
+        calls("cuStreamDestroy", self.stream.cuda_stream)
+        calls("cuGreenCtxDestroy", self.context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,8 @@ class GreenPartition:
 
     first: GreenPart
     second: GreenPart
+    device: torch.device
+    driver: Any
 
     @classmethod
     def split(
@@ -56,11 +63,25 @@ class GreenPartition:
         groups, _, rest = calls("cuDevSmResourceSplitByCount", 1, whole, 0, num_first)
         if len(groups) != 1:
             raise GreenPartitionError(f"The driver made {len(groups)} groups of {num_first} multiprocessors, not 1.")
-        parts = [
-            _part(calls, driver, number, resource, device, priority)
-            for resource, priority in zip((groups[0], rest), priorities, strict=True)
-        ]
-        return cls(first=parts[0], second=parts[1])
+        first = _part(calls, driver, number, groups[0], device, priorities[0])
+        try:
+            second = _part(calls, driver, number, rest, device, priorities[1])
+        except GreenPartitionError:
+            first.destroy(calls)
+            raise
+        return cls(first=first, second=second, device=device, driver=driver)
+
+    def destroy(self) -> None:
+        """Wait for the device, then give both parts back: nothing may be queued on their streams any more.
+
+        Raises `GreenPartitionError` where the driver refuses; it is asked for both.
+        """
+        torch.cuda.synchronize(self.device)
+        calls = _Calls(self.driver)
+        try:
+            self.first.destroy(calls)
+        finally:
+            self.second.destroy(calls)
 
 
 def _part(
@@ -70,7 +91,11 @@ def _part(
     default = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
     context = calls("cuGreenCtxCreate", description, number, default)
     flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-    handle = calls("cuGreenCtxStreamCreate", context, flag, priority)
+    try:
+        handle = calls("cuGreenCtxStreamCreate", context, flag, priority)
+    except GreenPartitionError:
+        calls("cuGreenCtxDestroy", context)
+        raise
     stream = torch.cuda.ExternalStream(int(handle), device)  # type: ignore[no-untyped-call]
     return GreenPart(stream=stream, num_sms=int(resource.sm.smCount), context=context)
 
@@ -89,7 +114,7 @@ class _Calls:
         status, *answer = function(*arguments)
         if int(status) != 0:
             raise GreenPartitionError(f"{name}{arguments[-1:]} was refused: {self._described(status)}")
-        return answer[0] if len(answer) == 1 else answer
+        return answer[0] if len(answer) == 1 else answer or None
 
     def _described(self, status: Any) -> str:
         """The driver's own words, where it has some."""

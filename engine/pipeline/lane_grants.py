@@ -1,8 +1,10 @@
 """`LaneGrants`: what the lanes of a CUDA device run on: for each mechanism a stream and execution units.
 
-Streams and parts of the device are made when they are first asked for, and kept: captured graphs need them.
+Streams and parts of the device are made when they are first asked for, and kept until `close`: captured graphs need
+them.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from engine.pipeline.execution_units import ExecutionUnits
 from engine.pipeline.green_partition import GreenPart, GreenPartition, GreenPartitionError
 from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism
 from engine.units_at_hand import UnitGrant, UnitsAtHand
+
+_log = logging.getLogger(__name__)
 
 # Attention's few long-lived blocks must get onto the device between the many of a matrix product.
 _HIGH_PRIORITY = -1
@@ -34,7 +38,7 @@ class LaneGrants:
             Lane.MEMORY: torch.cuda.Stream(device, _HIGH_PRIORITY),  # type: ignore[no-untyped-call]
             Lane.NETWORK: torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
         }
-        self._parts: dict[int, dict[Lane, GreenPart]] = {}
+        self._partitions: dict[int, GreenPartition] = {}
 
     def of(self, mechanism: Mechanism, lane: Lane, share: int) -> LaneGrant:
         """For a step with so many tenths. Collectives have a stream of their own under every mechanism; their library
@@ -70,11 +74,24 @@ class LaneGrants:
 
     def _partition(self, memory_share: int) -> dict[Lane, GreenPart]:
         """The two parts; the driver is asked for the smaller one, whose size is a multiple of its granule."""
-        if memory_share not in self._parts:
-            smaller = min(memory_share, ALL_UNITS - memory_share)
-            lanes, priorities = (Lane.MEMORY, Lane.COMPUTE), (_HIGH_PRIORITY, 0)
-            if smaller != memory_share:
-                lanes, priorities = (Lane.COMPUTE, Lane.MEMORY), (0, _HIGH_PRIORITY)
-            split = GreenPartition.split(self._device, self.units.granted(smaller), priorities=priorities)
-            self._parts[memory_share] = dict(zip(lanes, (split.first, split.second), strict=True))
-        return self._parts[memory_share]
+        smaller = min(memory_share, ALL_UNITS - memory_share)
+        lanes, priorities = (Lane.MEMORY, Lane.COMPUTE), (_HIGH_PRIORITY, 0)
+        if smaller != memory_share:
+            lanes, priorities = (Lane.COMPUTE, Lane.MEMORY), (0, _HIGH_PRIORITY)
+        if memory_share not in self._partitions:
+            num_first = self.units.granted(smaller)
+            self._partitions[memory_share] = GreenPartition.split(self._device, num_first, priorities=priorities)
+        split = self._partitions[memory_share]
+        return dict(zip(lanes, (split.first, split.second), strict=True))
+
+    def close(self) -> None:
+        """Give the parts of the device back; no graph that was captured on them may be left. Idempotent.
+
+        What fails is logged: whoever closes has nothing else to try, and other things to close.
+        """
+        while self._partitions:
+            _, partition = self._partitions.popitem()
+            try:
+                partition.destroy()
+            except RuntimeError as error:  # the driver's refusal, or torch's of a device that has failed
+                _log.warning("A part of the device was not given back: %s", error)

@@ -10,6 +10,7 @@ from engine.layers.collective import CollectiveOperation
 from engine.pipeline.dispatch import Dispatch
 from engine.pipeline.flight import Flight
 from engine.pipeline.host_lanes import HostLanes
+from engine.pipeline.lane_grants import LaneGrants
 from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.schedule import Mechanism
 from engine.pipeline.stopwatch import Stopwatch
@@ -58,6 +59,8 @@ class Lanes(Protocol):
         ...
 
 
-def lanes_for(device: torch.device, *, overlaps: bool) -> Lanes:
-    """The lanes of a device; with `overlaps` False they take turns."""
-    return StreamLanes(device, overlaps=overlaps) if device.type == "cuda" else HostLanes(overlaps=overlaps)
+def lanes_for(device: torch.device, *, overlaps: bool, grants: LaneGrants | None = None) -> Lanes:
+    """New lanes of a device; with `overlaps` False they take turns. `grants`: see `StreamLanes`."""
+    if device.type != "cuda":
+        return HostLanes(overlaps=overlaps)
+    return StreamLanes(device, overlaps=overlaps, grants=grants)

@@ -107,7 +107,7 @@ def _works(traced: TracedLayer, node: Node, shape: BatchShape, element_bytes: in
 def _row(
     name: str, work: Work, device: DeviceSpec, num_devices: int, num_layers: int, element_bytes: int
 ) -> OperationRow:
-    flops = work.flops * num_devices * num_layers
+    flops, fp8_flops = work.flops * num_devices * num_layers, work.fp8_flops * num_devices * num_layers
     memory_bytes = ((work.weight_bytes + work.sharded_bytes) * num_devices + work.replicated_bytes) * num_layers
     network_bytes = work.network_bytes * num_devices * num_layers
     return OperationRow(
@@ -115,7 +115,7 @@ def _row(
         flops=flops,
         memory_bytes=memory_bytes,
         network_bytes=network_bytes,
-        compute_seconds=device.compute_seconds(flops / num_devices, element_bytes),
+        compute_seconds=device.compute_seconds(flops / num_devices, element_bytes, fp8_flops / num_devices),
         memory_seconds=device.memory_seconds(memory_bytes / num_devices),
         network_seconds=device.network_seconds(network_bytes / num_devices),
     )

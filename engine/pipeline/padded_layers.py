@@ -5,8 +5,7 @@ All operations must be computed by kernels that read lengths on the device (`eng
 are launched behind a step, as how many rows are drawn differs.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
-from engine.layers.mixture_of_experts import GroupedExperts
 from engine.pipeline.capture import Captures
 from engine.pipeline.fused_run import FusedRun
 from engine.pipeline.lanes import Lanes
@@ -50,8 +48,6 @@ class PaddedLayers:
         self._pipeline = pipeline
         self._embedding = pipeline.embedding
         self._layers = FusedRun(pipeline.programs)
-        operations = (call.operation for program in pipeline.programs for each in program.plain for call in each.calls)
-        self._experts = [operation for operation in operations if isinstance(operation, GroupedExperts)]
         self._width = config.model.num_heads // config.tensor_parallel * config.model.head_dim
         largest = token_sizes(config.max_batch_tokens)[-1]
         num_chunks = most_chunks(largest, config.max_sequences)
@@ -80,21 +76,8 @@ class PaddedLayers:
     def _run_whole(self, bucket: TokenBucket) -> Tensor:
         """Additions are computed with the norms of their sums."""
         step = self.inputs.step(bucket, self._hidden_TE.new_empty(bucket.num_tokens, self._width))
-        assert step.prefill_starts is not None
-        with self._experts_of(step.prefill_starts[-1:]):
-            # In one place for all graphs: none has to keep its own.
-            return self._hidden_TE[: bucket.num_tokens].copy_(self._layers(self._embedding(step), step))
-
-    @contextmanager
-    def _experts_of(self, num_tokens: Tensor) -> Iterator[None]:
-        """Inside, no row from this one on goes to any expert: the last chunk's end, behind which rows are padding."""
-        for experts in self._experts:
-            experts.num_tokens = num_tokens
-        try:
-            yield
-        finally:
-            for experts in self._experts:
-                experts.num_tokens = None
+        # In one place for all graphs: none has to keep its own.
+        return self._hidden_TE[: bucket.num_tokens].copy_(self._layers(self._embedding(step), step))
 
     def _run_cut(self, bucket: TokenBucket, schedule: Schedule, lanes: Lanes) -> Tensor:
         return self._pipeline.run_padded(self.inputs.parts(bucket), schedule, lanes)

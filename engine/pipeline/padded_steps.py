@@ -103,6 +103,13 @@ class PaddedSteps:
                     return
             else:
                 self._planned.append((size, schedule, step))
+                if 0 < step.bucket.least_decodes < size:
+                    _log.info(
+                        "Of a plan's batches of %d tokens those with fewer than %d decodes run sequentially: decodes "
+                        "have a nano-batch of their own in it.",
+                        size,
+                        step.bucket.least_decodes,
+                    )
 
     def of(self, batch: Batch, schedule: Schedule) -> PaddedBatch | None:
         """The step for a batch that is to run by a schedule, by that one if possible; None if it fits none."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from engine.batch_shape import BatchShape
 from engine.model_shapes import model_shape
+from engine.number_format import NumberFormat
 from engine.operation import Resource, TokenKind
 from engine.pipeline.cost_model import Mode
 from engine.pipeline.planned_model import trace_planned_layer
@@ -62,7 +63,7 @@ def paper_profile() -> Profile:
     return Profile(
         fingerprint={"device": "8 x a100-80gb", "model": "llama-2-70b", "dense batch": "2048", "dtype": "float16"},
         source="NanoFlow's measurements (arXiv 2408.12757, table 2; fixed parts from its repository's solution)",
-        element_bytes=2,
+        number_format=NumberFormat.FLOAT16,
         layer=trace_planned_layer(model_shape("llama-2-70b"), NUM_DEVICES).graph.signature,
         nodes={
             name: NodeProfile(

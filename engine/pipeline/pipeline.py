@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from engine.kernels.compiled import CompiledKernels
@@ -18,6 +19,7 @@ from engine.layers.embedding import VocabParallelEmbedding
 from engine.models.decoder import Decoder
 from engine.pipeline.arena import Arena, RowShapes
 from engine.pipeline.buffers import plan_buffers
+from engine.pipeline.device_lanes import DeviceLanes
 from engine.pipeline.dispatch import Dispatch, dispatch_order, nano_batches_as_begun
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT, OperationGraph
@@ -62,6 +64,7 @@ class Pipeline:
         self._orders: dict[tuple[Schedule, str, int], Sequence[Dispatch]] = {}
         self._leads: dict[Schedule, Sequence[int]] = {}
         self._arena = Arena()
+        self._lanes: DeviceLanes | None = None
         self._rows: dict[str, RowShapes] = {}
         self._sequential = {run.traced.graph.signature: sequential_schedule(run.traced.graph) for run in self._runs}
 
@@ -96,6 +99,12 @@ class Pipeline:
             replace(run, programs=tuple(each.compiled(kernels, dtype, block_size, known) for each in run.programs))
             for run in self._runs
         ]
+
+    def lanes_on(self, device: torch.device) -> DeviceLanes:
+        """What runs these layers on the rank's device: always the same."""
+        if self._lanes is None:
+            self._lanes = DeviceLanes(device)
+        return self._lanes
 
     @property
     def embedding(self) -> VocabParallelEmbedding:

@@ -9,12 +9,14 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.optimum import active_parameters
+from engine.number_format import NumberFormat
+from engine.optimum import active_parameters, wide_parameters
 from engine.pipeline.plan import Candidate, Plan
 from engine.pipeline.plan_request import PlanRequest
 from engine.pipeline.serving_estimate import ServingEstimate
 from engine.pipeline.simulator import Simulator
 from engine.pipeline.timeline import Timeline
+from engine.weight_layout import rank_weight_bytes
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,20 @@ class PlanReport:
 
     @property
     def optimal_tokens_per_second_per_device(self) -> float:
-        """Compute / (2 P) (NanoFlow, equation 5): what the devices' peak allows when it never waits."""
-        request = self.request
-        return 1 / request.device.compute_seconds(2 * self.layer_parameters, request.element_bytes)
+        """Compute / (2 P) (NanoFlow, equation 5): what the devices' peak allows when it never waits.
+
+        In FP8 that is the peak in FP8, but for the routers of experts, whose products are not in it.
+        """
+        request, model = self.request, self.request.model
+        num_fp8 = 0
+        if request.number_format is NumberFormat.FP8:
+            num_fp8 = active_parameters(model) - wide_parameters(model)
+        return 1 / request.device.compute_seconds(2 * self.layer_parameters, request.element_bytes, 2 * num_fp8)
+
+    @property
+    def peak_flops_per_second(self) -> float:
+        """Of one device, in the format that the layers' products are in."""
+        return self.request.device.flops_per_second[self.request.number_format.num_bytes]
 
     @property
     def percent_of_optimal(self) -> float:
@@ -84,9 +97,14 @@ class PlanReport:
             config=request.model,
             device=request.device,
             num_devices=request.num_devices,
-            element_bytes=request.element_bytes,
+            element_bytes=request.number_format.num_bytes,
         )
-        weights = estimate.num_parameters * request.element_bytes
+        weights = request.num_devices * rank_weight_bytes(
+            request.model,
+            request.number_format.dtype,
+            request.num_devices,
+            in_fp8=request.number_format is NumberFormat.FP8,
+        )
         cache = request.shape.num_decodes * request.shape.decode_context * estimate.kv_bytes_per_token
         room = request.num_devices * request.device.memory_bytes
         notes = ["Times are of the layers; the embedding, the output head and sampling come on top."]
@@ -104,7 +122,7 @@ class PlanReport:
             "model": request.name,
             "device": request.device.name,
             "num_devices": request.num_devices,
-            "dtype": request.dtype.value,
+            "dtype": request.number_format.value,
             "num_tokens": request.num_tokens,
             "num_decodes": int(request.shape.num_decodes),
             "num_prefills": int(request.shape.num_prefills),
@@ -129,7 +147,7 @@ class PlanReport:
             "tokens_per_second_per_device": self.tokens_per_second_per_device,
             "percent_of_optimal": self.percent_of_optimal,
             "optimal_tokens_per_second_per_device": self.optimal_tokens_per_second_per_device,
-            "peak_flops_per_second": request.device.flops_per_second[request.element_bytes],
+            "peak_flops_per_second": self.peak_flops_per_second,
             "peak_source": request.device.source,
             "layer_parameters": self.layer_parameters,
             "operations": self._operations(),

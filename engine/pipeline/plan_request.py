@@ -7,7 +7,8 @@ from functools import cached_property
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
-from engine.model_config import DType, ModelConfig
+from engine.model_config import ModelConfig
+from engine.number_format import NumberFormat
 from engine.operation import Resource
 from engine.pipeline.collective_placement import with_gather_branch
 from engine.pipeline.cost_model import CostModel, Mode
@@ -47,7 +48,7 @@ class PlanRequest:
     num_tokens: int
     num_prompt_tokens: int
     num_output_tokens: int
-    dtype: DType
+    number_format: NumberFormat
     profile: Profile | None = None
     sharing: SharingName | None = None
     considers_gather: bool = False
@@ -63,7 +64,7 @@ class PlanRequest:
     @property
     def element_bytes(self) -> int:
         """Of an activation."""
-        return self.dtype.num_bytes
+        return self.number_format.dtype.num_bytes
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -79,7 +80,8 @@ class PlanRequest:
     def _layer(self) -> TracedLayer:
         """Of the layers that differ, the most frequent kind."""
         kinds = [(self.model.is_sparse(layer), self.model.sliding_window(layer)) for layer in range(self.num_layers)]
-        return trace_planned_layer(self.model, self.num_devices, kinds.index(Counter(kinds).most_common(1)[0][0]))
+        layer = kinds.index(Counter(kinds).most_common(1)[0][0])
+        return trace_planned_layer(self.model, self.num_devices, layer, self.number_format)
 
     @property
     def num_layers(self) -> int:
@@ -105,15 +107,16 @@ class PlanRequest:
                 "A profile holds what a layer does, which is to reduce: gathering instead is planned from estimates, "
                 "without a profile."
             )
+        if self.profile.number_format is not self.number_format:
+            raise ConfigError(
+                f"The profile ({self.profile.source}) was measured in {self.profile.number_format}, but the plan is to "
+                f"be in {self.number_format}: ask for dtype {self.profile.number_format}, or profile in "
+                f"{self.number_format}."
+            )
         if self.profile.layer not in (None, self.traced.graph.signature):
             raise ConfigError(
                 f"The profile ({self.profile.source}) is of another layer than that of {self.name} on "
                 f"{self.num_devices} devices: profile this model with as many ranks."
-            )
-        if self.profile.element_bytes != self.element_bytes:
-            raise ConfigError(
-                f"The profile ({self.profile.source}) is of {8 * self.profile.element_bytes}-bit numbers, but "
-                f"{self.dtype} has {8 * self.element_bytes}: choose the dtype that was profiled."
             )
         return MeasuredCosts(self._shared(self.profile), self.traced.graph)
 

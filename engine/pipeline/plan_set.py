@@ -1,6 +1,6 @@
 """`PlanSet`: the plans of one layer on one device, a bucket of batches each, with how each was chosen.
 
-    {"format": 1, "fingerprint": {...}, "max_batch_tokens": 2048, "is_complete": true,
+    {"format": 2, "fingerprint": {...}, "max_batch_tokens": 2048, "is_complete": true,
      "profile": {...} or null,
      "plans": [{"num_decodes": 1024, "num_prefills": 1024, "schedule": ["nano-batches: ...", ...] or null,
                 "sequential_seconds": 0.21, "plan_seconds": 0.17, "predicted_seconds": 0.16}, ...]}
@@ -21,7 +21,7 @@ from engine.pipeline.json_value import JsonValue, json_number
 from engine.pipeline.profile import Profile
 from engine.pipeline.schedule import Schedule, ScheduleError
 
-FORMAT = 1
+FORMAT = 2
 _KEYS = ("format", "fingerprint", "max_batch_tokens", "is_complete", "profile", "plans")
 _PLAN_KEYS = (
     "num_decodes", "num_prefills", "schedule", "sequential_seconds", "plan_seconds", "predicted_seconds",

@@ -34,7 +34,7 @@ def question_text(report: PlanReport) -> str:
             f"{shape.num_decodes:,.0f} decodes and {shape.num_prefills:,.0f} prefill tokens: requests of "
             f"{request.num_prompt_tokens:,} prompt and {request.num_output_tokens:,} output tokens",
         ),
-        ("model", f"{request.model.architecture}, {request.num_layers} layers, {request.dtype}"),
+        ("model", f"{request.model.architecture}, {request.num_layers} layers, {request.number_format}"),
         ("costs", request.costs.source),
     )
     return _text(rows)
@@ -44,7 +44,7 @@ def answer_text(report: PlanReport) -> str:
     """What came out."""
     request, plan = report.request, report.plan
     optimum = report.optimal_tokens_per_second_per_device
-    peak = request.device.flops_per_second[request.element_bytes]
+    peak = report.peak_flops_per_second
     unit, name = next((rate for rate in _RATES if peak >= rate[0]), _RATES[-1])
     is_sequential = plan.schedule == plan.sequential.schedule
     rows = (

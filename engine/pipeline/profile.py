@@ -1,15 +1,17 @@
 """`Profile`: the measured costs of one layer on one device, as a JSON file; `MeasuredCosts`: the cost model over it.
 
-    {"format": 1, "fingerprint": {"device": "...", ...}, "source": "...", "layer": "..." or null, "element_bytes": 2,
+    {"format": 2, "fingerprint": {"device": "...", ...}, "source": "...", "layer": "..." or null,
+     "number_format": "bfloat16",
      "nodes": {"qkv_proj": {"samples": [{"num_decodes": 0, "num_prefills": 512, "decode_context": 0,
                                          "prefill_context": 0, "seconds": 0.0012}, ...],
                             "modes": [{"share": 4, "speed": 0.5}, {"share": 10, "speed": 1}]}, ...},
      "interference": [{"node": "o_proj", "beside": "all_reduce", "speed": 0.8}, ...],
      "overlap": {"green": {...}, ...}}
 
-`seconds` are alone on the device with all of its units. A mode's `speed` is relative to that with `share` tenths of
-the execution units; an empty list means that shares mean nothing here. An interference's `speed` is that of `node`
-while `beside` runs; either may be a resource (compute, memory, network), which stands for all its nodes not listed.
+`number_format` is that of the layer's products and of what was cached, as a recipe's `dtype` names it. `seconds` are
+alone on the device with all of its units. A mode's `speed` is relative to that with `share` tenths of the execution
+units; an empty list means that shares mean nothing here. An interference's `speed` is that of `node` while `beside`
+runs; either may be a resource (compute, memory, network), which stands for all its nodes not listed.
 Modes and interference are of lanes that overlap by streams; `overlap`, which may be left out, has those of other
 mechanisms (`overlap_profile`).
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
+from engine.number_format import NumberFormat
 from engine.operation import TokenKind
 from engine.pipeline.atomic_file import replace_file
 from engine.pipeline.cost_law import CostLaw, LawSample, fit_law
@@ -39,8 +42,8 @@ from engine.pipeline.overlap_profile import (
 )
 from engine.pipeline.schedule import ALL_UNITS, Mechanism
 
-FORMAT = 1
-_KEYS = ("format", "fingerprint", "source", "layer", "element_bytes", "nodes", "interference")
+FORMAT = 2
+_KEYS = ("format", "fingerprint", "source", "layer", "number_format", "nodes", "interference")
 _OVERLAP_KEY = "overlap"
 _SAMPLE_KEYS = ("num_decodes", "num_prefills", "decode_context", "prefill_context", "seconds")
 
@@ -67,7 +70,7 @@ class Profile:
 
     fingerprint: Mapping[str, str]
     source: str
-    element_bytes: int
+    number_format: NumberFormat
     layer: str | None = None
     nodes: Mapping[str, NodeProfile] = field(default_factory=dict)
     interference: tuple[Interference, ...] = ()
@@ -86,9 +89,9 @@ class Profile:
     @classmethod
     def of(cls, value: JsonValue) -> "Profile":
         """Check a value of a JSON file; raises `ConfigError` that says where it is wrong."""
+        _refuse_other_formats(value)
         has_overlap = isinstance(value.value, dict) and _OVERLAP_KEY in value.value
         entries = value.object((*_KEYS, _OVERLAP_KEY) if has_overlap else _KEYS)
-        entries["format"].integer(FORMAT, FORMAT)
         layer = entries["layer"]
         overlap = entries[_OVERLAP_KEY].entries() if has_overlap else {}
         for name in overlap.keys() - {*Mechanism} | overlap.keys() & {Mechanism.STREAMS}:
@@ -96,7 +99,7 @@ class Profile:
         return cls(
             fingerprint={key: text.text() for key, text in entries["fingerprint"].entries().items()},
             source=entries["source"].text(),
-            element_bytes=entries["element_bytes"].integer(1),
+            number_format=_number_format(entries["number_format"]),
             layer=None if layer.value is None else layer.text(),
             nodes={name: _node_profile(node) for name, node in entries["nodes"].entries().items()},
             interference=parsed_interference(entries["interference"]),
@@ -110,7 +113,7 @@ class Profile:
             f'{{\n"format": {FORMAT},\n'
             f'"fingerprint": {json.dumps(dict(self.fingerprint), indent=1)},\n'
             f'"source": {json.dumps(self.source)},\n"layer": {json.dumps(self.layer)},\n'
-            f'"element_bytes": {self.element_bytes},\n'
+            f'"number_format": {json.dumps(self.number_format.value)},\n'
             f'"nodes": {{\n{nodes}\n}},\n"interference": [\n{interference_text(self.interference)}\n]'
             + (f',\n"{_OVERLAP_KEY}": {{\n{overlap}\n}}' if overlap else "")
             + "\n}\n"
@@ -253,6 +256,22 @@ def _speed_at(modes: Sequence[Mode], share: int) -> float:
         return speeds[-1]
     part = (share - shares[index]) / (shares[index + 1] - shares[index])
     return speeds[index] + part * (speeds[index + 1] - speeds[index])
+
+
+def _refuse_other_formats(value: JsonValue) -> None:
+    """Before the keys, which are others in other formats."""
+    found = value.entries().get("format")
+    if found is not None and found.value == 1:
+        found.refuse(f"{FORMAT}: files of format 1 do not say which number format was measured, so profile again")
+    if found is not None:
+        found.integer(FORMAT, FORMAT)
+
+
+def _number_format(value: JsonValue) -> NumberFormat:
+    text = value.text()
+    if text not in {*NumberFormat}:
+        value.refuse(f"one of {', '.join(NumberFormat)}")
+    return NumberFormat(text)
 
 
 def _node_profile(value: JsonValue) -> NodeProfile:

@@ -16,7 +16,7 @@ def profile_summary(profile: Profile) -> str:
             kept = _thinned(sorted(samples, key=lambda sample: sample.shape.num_tokens))
             sizes = tuple(int(sample.shape.num_tokens) for sample in kept)
             tables.setdefault(sizes, []).append(_line(title, [f"{1e3 * sample.seconds:.4g}" for sample in kept]))
-    parts = [f"{profile.source}; {8 * profile.element_bytes}-bit numbers"]
+    parts = [f"{profile.source}; {profile.number_format}"]
     parts += [
         "\n".join([_line("milliseconds for tokens:", list(map(str, sizes))), *lines]) for sizes, lines in tables.items()
     ]

@@ -2,18 +2,14 @@
 
 Every node alone over a grid of tokens and contexts, then in pairs: the network beside whatever computes and, on a GPU,
 compute beside memory too. There nodes also run alone with a share of the execution units, and nodes and pairs do so by
-every mechanism that lanes can overlap by (`granted_loads`). Repetitions go round the grid so that a disturbance hits
-all points alike; a point counts with its median. All ranks measure the same things in the same order and agree on every
-number, so that they end with the same profile: the slowest rank's time, and for a collective the time of the rank that
-entered it last.
+every mechanism that lanes can overlap by (`granted_loads`). All ranks measure the same things in the same order and
+agree on every number (`agreed_times`), so that they end with the same profile.
 """
 
 import logging
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,8 +20,10 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
 from engine.operation import Resource, TokenKind
+from engine.pipeline.agreed_times import AgreedTimes
 from engine.pipeline.atomic_file import read_file
 from engine.pipeline.cost_model import Mode
+from engine.pipeline.device_lanes import DeviceLanes
 from engine.pipeline.fingerprint import Fingerprint, differences
 from engine.pipeline.granted_loads import PAIRED_SHARE, GrantedLoads, measured_shares, shares_of
 from engine.pipeline.graph import Node
@@ -34,45 +32,20 @@ from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.pairing import Pairing, pairings
 from engine.pipeline.placement import GPU_LANES, lane_of
 from engine.pipeline.profile import NodeProfile, Profile, Sample
+from engine.pipeline.profile_grid import QUICK, ProfileGrid
 from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
 from engine.pipeline.schedule import ALL_UNITS, Mechanism
 from engine.pipeline.synthetic_step import synthetic_cache
-from engine.pipeline.timer import CudaTimer, HostTimer, Load, Timer
+from engine.pipeline.timer import CudaTimer, HostTimer, Load
 from engine.tensor_parallel import TensorParallel
 from engine.units_at_hand import UnitsAtHand
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 200
-_MAX_COLLECTIVES = 8
 _LONGEST_CONTEXT = 4096
-# Nothing is sped up by company, and nothing stands still for it; what was measured beyond is noise.
-_SLOWEST, _FASTEST = 0.05, 1.0
 # A collective's library takes few units, and as many whatever a schedule says.
 _COLLECTIVE_MODES = (Mode(1, 1.0), Mode(ALL_UNITS, 1.0))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileGrid:
-    """What is measured, and for about how long in all: making the inputs and the least repetitions come on top.
-
-    `sizes` are fractions of the dense batch (for decodes: of the most sequences), `contexts` of the longest sequence.
-    """
-
-    name: str
-    seconds: float
-    sizes: tuple[float, ...]
-    contexts: tuple[float, ...]
-
-
-QUICK = ProfileGrid(name="quick", seconds=4.0, sizes=(1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0), contexts=(1 / 8, 1 / 2))
-THOROUGH = ProfileGrid(
-    name="thorough",
-    seconds=60.0,
-    sizes=(1 / 128, 1 / 64, 1 / 32, *(part / 16 for part in range(1, 17))),
-    contexts=(1 / 16, 1 / 4, 3 / 4),
-)
 
 
 class Profiler:
@@ -90,20 +63,23 @@ class Profiler:
         fingerprint: Fingerprint,
         grid: ProfileGrid = QUICK,
         units: UnitsAtHand | None = None,
+        lanes: DeviceLanes | None = None,
     ) -> None:
         self._program, self._traced = program, program.traced
         self._config = config
         self._device = device
         self._grid = grid
-        self._granted = GrantedLoads(device, units) if device.type == "cuda" else None
+        self._granted = None
+        if device.type == "cuda":
+            self._granted = GrantedLoads(device, units, None if lanes is None else lanes.grants)
         self._ranks = RankAgreement(tensor_parallel, device)
-        self._timer: Timer = CudaTimer() if device.type == "cuda" else HostTimer()
+        self._times = AgreedTimes(self._ranks, CudaTimer() if device.type == "cuda" else HostTimer())
         self._benches: dict[tuple[BatchShape, str], LayerBench] = {}
         self._path: Path | None = None
         self._done = Profile(
             fingerprint=dict(fingerprint),
             source=f"measured on {fingerprint.get('device', device.type)}, {tensor_parallel.size} rank(s), {grid.name}",
-            element_bytes=config.dtype.num_bytes,
+            number_format=config.number_format,
             layer=program.graph.signature,
         )
 
@@ -227,7 +203,7 @@ class Profiler:
         """What is known, with what this node takes."""
         shapes = self._shapes(node)
         loads = [self._load(node, shape) for shape in shapes]
-        seconds = self._medians(loads, budget, is_network=node.resource is Resource.NETWORK)
+        seconds = self._times.medians(loads, budget, is_network=node.resource is Resource.NETWORK)
         samples = tuple(Sample(_recorded(node, shape), second) for shape, second in zip(shapes, seconds, strict=True))
         modes = self._modes(node, loads[-1]) if self._mechanisms else {}
         measured = NodeProfile(samples, modes.pop(Mechanism.STREAMS, ()))
@@ -262,47 +238,17 @@ class Profiler:
         )
         return synthetic_cache(self._config, math.ceil(num_tokens), self._device)
 
-    def _medians(self, loads: Sequence[Load], budget: float, is_network: bool) -> list[float]:
-        """The median seconds of each load, in `budget` seconds of repetitions that go round all of them."""
-        for load in loads:
-            load.run()
-        estimates = self._ranks.largest([self._cost_of(load, is_network) for load in loads])
-        rounds = [_num_rounds(budget / len(loads), estimate) for estimate in estimates]
-        samples: list[list[float]] = [[] for _ in loads]
-        for number in range(max(rounds)):
-            for load, count, found in zip(loads, rounds, samples, strict=True):
-                if number < count:
-                    found.append(self._once(load, is_network))
-        medians = [statistics.median(found) for found in samples]
-        # A rank that comes early to a collective waits there for the others: the last one's time is its own.
-        return self._ranks.smallest(medians) if is_network else self._ranks.largest(medians)
-
-    def _cost_of(self, load: Load, is_network: bool) -> float:
-        """What a repetition takes with everything around it."""
-        started = time.perf_counter()
-        self._once(load, is_network)
-        return time.perf_counter() - started
-
-    def _once(self, load: Load, is_network: bool) -> float:
-        if is_network:
-            self._ranks.meet()
-        return self._timer.seconds(load)
-
     def _modes(self, node: Node, load: Load) -> dict[Mechanism, tuple[Mode, ...]]:
         """The speeds of the load with a share of the units by each mechanism, relative to all of them."""
         if node.resource is Resource.NETWORK or self._granted is None:
             return dict.fromkeys(self._mechanisms, _COLLECTIVE_MODES)
         lane = lane_of(node, GPU_LANES)
         points = [(mechanism, share) for mechanism in self._mechanisms for share in measured_shares(mechanism, lane)]
-        loads = [load, *(self._granted.load(load, mechanism, lane, share) for mechanism, share in points)]
-        samples: list[list[float]] = [[] for _ in loads]
-        for _ in range(2 * _MIN_ROUNDS):
-            for each, found in zip(loads, samples, strict=True):
-                found.append(self._timer.seconds(each))
-        whole, *seconds = self._ranks.largest([statistics.median(found) for found in samples])
+        loads = [self._granted.load(load, mechanism, lane, share) for mechanism, share in points]
+        speeds = self._times.speeds_of([load, *loads])
         modes: dict[Mechanism, dict[int, Mode]] = {each: {ALL_UNITS: Mode(ALL_UNITS, 1.0)} for each in self._mechanisms}
-        for (mechanism, share), second in zip(points, seconds, strict=True):
-            modes[mechanism][share] = Mode(share, min(_FASTEST, whole / second))
+        for (mechanism, share), speed in zip(points, speeds, strict=True):
+            modes[mechanism][share] = Mode(share, speed)
         return {each: tuple(found[share] for share in sorted(found)) for each, found in modes.items()}
 
     def _pair_speeds(
@@ -310,25 +256,7 @@ class Profiler:
     ) -> tuple[float, float]:
         """Speeds of both while the other runs, relative to alone, for half a batch of each."""
         first, second = (self._pair_load(each, mechanism, beside) for each, beside in ((node, other), (other, node)))
-        for load in (first, second):
-            load.run()
-        estimates = [self._once(first, is_network=True), self._once(second, is_network=True)]
-        first_seconds, second_seconds = self._ranks.largest(estimates)
-        num_second = min(_MAX_COLLECTIVES, math.ceil(2 * first_seconds / second_seconds))
-        num_first = max(1, round(num_second * second_seconds / first_seconds))
-        estimate = 2 * (num_first * first_seconds + num_second * second_seconds)
-        speeds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_num_rounds(budget, estimate)):
-            alone = []
-            for counts in ((num_first, 0), (0, num_second)):
-                self._ranks.meet()
-                alone.append(max(self._timer.together(first, counts[0], second, counts[1])))
-            self._ranks.meet()
-            together = self._timer.together(first, num_first, second, num_second)
-            for found, speed in zip(speeds, overlapped_speeds((alone[0], alone[1]), together), strict=True):
-                found.append(speed)
-        first_speed, second_speed = self._ranks.smallest([statistics.median(found) for found in speeds])
-        return first_speed, second_speed
+        return self._times.pair_speeds(first, second, budget)
 
     def _pair_load(self, node: Node, mechanism: Mechanism, beside: Node) -> Load:
         """What runs the node once beside the other; on a GPU two nodes that divide its units do it by their shares."""
@@ -344,24 +272,9 @@ class Profiler:
         return min(self._shapes(node), key=lambda shape: abs(shape.num_tokens - half))
 
 
-def overlapped_speeds(alone: tuple[float, float], together: tuple[float, float]) -> tuple[float, float]:
-    """Speeds of two bodies of work while both run, from their seconds alone and when begun together.
-
-    The one that ends later runs alone for the rest: what it did in that time does not count.
-    """
-    both = min(together)
-    speeds = [(own - (ended - both)) / both for own, ended in zip(alone, together, strict=True)]
-    first, second = (min(_FASTEST, max(_SLOWEST, speed)) for speed in speeds)
-    return first, second
-
-
 def _written(profile: Profile, path: Path) -> str:
     profile.write(path)
     return str(path)
-
-
-def _num_rounds(budget: float, seconds: float) -> int:
-    return max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / max(seconds, 1e-9))))
 
 
 def _shape_of(node: Node, size: int, context: float) -> BatchShape:

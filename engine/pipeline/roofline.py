@@ -69,7 +69,7 @@ class RooflineCosts:
 def roofline_seconds(work: Work, device: DeviceSpec, element_bytes: int) -> float:
     """The longest of the times that computing, moving and sending take one rank."""
     return max(
-        device.compute_seconds(work.flops, element_bytes),
+        device.compute_seconds(work.flops, element_bytes, work.fp8_flops),
         device.memory_seconds(work.memory_bytes),
         device.network_seconds(work.network_bytes),
     )

@@ -7,11 +7,9 @@ nothing is run. Plans that were cut short by time are gone on with at the next s
 fails on rank 0 makes steps run sequentially.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -19,19 +17,18 @@ import torch
 from engine.batch_shape import BatchShape
 from engine.config import DeviceKind, EngineConfig, PipelineMode
 from engine.pipeline.bucket import Bucket, buckets
+from engine.pipeline.candidates import Candidates
 from engine.pipeline.contest import Contest, Tried
-from engine.pipeline.cost_model import CostModel
 from engine.pipeline.fingerprint import fingerprint_of
-from engine.pipeline.mechanism_plans import plans_by_mechanism
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.placement import CPU_LANES, GPU_LANES, lane_of
-from engine.pipeline.plan import Plan
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore, shipped_directory
 from engine.pipeline.profile import MeasuredCosts, Profile
-from engine.pipeline.profiler import QUICK, ProfileGrid, Profiler
+from engine.pipeline.profile_grid import QUICK, ProfileGrid
+from engine.pipeline.profiler import Profiler
 from engine.pipeline.rank_agreement import FirstRankError, RankAgreement
-from engine.pipeline.schedule import Schedule, ScheduleError
+from engine.pipeline.schedule import ScheduleError
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.trial import Contestant, Trial
 from engine.tensor_parallel import TensorParallel
@@ -46,9 +43,6 @@ _NETWORK_SHARE_SECONDS = 1.0
 # What is measured to gain this much is believed at once.
 SURE_GAIN = 0.15
 _CONFIRMING_ROUNDS = 8
-_NUM_CANDIDATES = 3
-# Where lanes can overlap by several mechanisms, of each.
-_NUM_CANDIDATES_EACH = 2
 _PLANNING_SHARE = 0.4
 Progress = Callable[[str], None]
 
@@ -89,6 +83,7 @@ class Selector:
         self._device = torch.device(config.device.value)
         self._ranks = RankAgreement(tensor_parallel, self._device)
         self._lanes = GPU_LANES if config.device is DeviceKind.CUDA else CPU_LANES
+        self._candidates = Candidates(config, pipeline, self._lanes, self._ranks)
         self._store = store or PlanStore(shipped=shipped_directory())
         self._progress = progress
         self._fingerprint = fingerprint_of(config, pipeline.graph.signature, tensor_parallel)
@@ -179,8 +174,16 @@ class Selector:
         return finished
 
     def _profiler(self, grid: ProfileGrid) -> Profiler:
-        program, units = self._pipeline.program, self._pipeline.units
-        return Profiler(program, self._config, self._tensor_parallel, self._device, self._fingerprint, grid, units)
+        return Profiler(
+            self._pipeline.program,
+            self._config,
+            self._tensor_parallel,
+            self._device,
+            self._fingerprint,
+            grid,
+            self._pipeline.units,
+            self._pipeline.lanes_on(self._device),
+        )
 
     def plan(self, profile: Profile, effort: Effort, started: float, begun: PlanSet | None = None) -> PlanSet:
         """Plan, try and keep, bucket after bucket; smaller batches only as long as larger ones gained something.
@@ -247,7 +250,7 @@ class Selector:
         least_gain: float = LEAST_PREDICTED_GAIN,
     ) -> Contest:
         """Plan for a batch, and run what is predicted to gain at least `least_gain` against the sequential schedule."""
-        predicted, planned = self._candidates(shape, costs, seconds * _PLANNING_SHARE, least_gain)
+        predicted, planned = self._candidates.of(shape, costs, seconds * _PLANNING_SHARE, least_gain)
         sequential, *timings = trial.run(
             [Contestant(self._pipeline.sequential, False), *(Contestant(schedule, True) for schedule, _ in planned)],
             shape,
@@ -262,41 +265,6 @@ class Selector:
         contestants = [Contestant(self._pipeline.sequential, False), Contestant(winner.schedule, True)]
         sequential, timing = trial.run(contestants, shape, seconds / 2, min_rounds=_CONFIRMING_ROUNDS)
         return Contest(predicted, sequential, (Tried(winner.schedule, winner.predicted_seconds, timing),))
-
-    def _candidates(
-        self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float
-    ) -> tuple[float, list[tuple[Schedule, float]]]:
-        """Rank 0 plans: the predicted seconds of a sequential step; candidates that promise to beat it, with theirs."""
-        text = self._ranks.done_by_first(partial(self._planned, shape, costs, seconds, least_gain))
-        predicted, candidates = json.loads(text)
-        return predicted, [(Schedule.parse(schedule), step_seconds) for schedule, step_seconds in candidates]
-
-    def _planned(self, shape: BatchShape, costs: MeasuredCosts, seconds: float, least_gain: float) -> str:
-        """Rank 0's part: [seconds, [[schedule, seconds], ...]] as JSON."""
-        from engine.pipeline.planner import plan
-
-        def search(prices: CostModel, seconds: float) -> Plan:
-            return plan(
-                self._pipeline.graph,
-                prices,
-                shape,
-                num_layers=self._config.model.num_layers,
-                lanes=self._lanes,
-                seconds=seconds,
-                workers=self._config.threads_per_rank,
-                token_multiple=max(16, round(shape.num_tokens / 16)),
-                num_candidates=_NUM_CANDIDATES,
-            )
-
-        plans = plans_by_mechanism(costs, shape, search, seconds)
-        sequential = plans[0].sequential.step_seconds
-        count = _NUM_CANDIDATES if len(plans) == 1 else _NUM_CANDIDATES_EACH
-        best = {candidate.schedule: candidate for planned in plans for candidate in planned.candidates[:count]}
-        worth = (1 - least_gain) * sequential
-        candidates = [candidate for candidate in best.values() if candidate.step_seconds <= worth]
-        for candidate in candidates:
-            self._pipeline.check(candidate.schedule)
-        return json.dumps([sequential, [(str(each.schedule), each.step_seconds) for each in candidates]])
 
     def _saved(self, profile: Profile, plans: list[SelectedPlan], is_complete: bool) -> PlanSet:
         chosen = PlanSet(

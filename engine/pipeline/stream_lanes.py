@@ -39,13 +39,14 @@ class StreamLanes:
     every stream that they have seen. With `overlaps` False everything runs on the current stream, with all units.
 
     Every `run` may be launched before the one before has ended: it begins, on the device, after that one's join.
+    `grants` are what the lanes run on, where others share it.
     """
 
     runs_plainly = False  # captured graphs want values in places that stay
 
-    def __init__(self, device: torch.device, *, overlaps: bool) -> None:
+    def __init__(self, device: torch.device, *, overlaps: bool, grants: LaneGrants | None = None) -> None:
         self._device = device
-        self._grants = LaneGrants(device) if overlaps else None
+        self._grants = (grants or LaneGrants(device)) if overlaps else None
         self._refused: set[Mechanism] = set()
         self._events: list[torch.cuda.Event] = []
 

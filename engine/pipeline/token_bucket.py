@@ -53,6 +53,11 @@ class TokenBucket:
         """The rows where nano-batches begin, and the end."""
         return tuple(accumulate((each.num_tokens for each in self.nano_batches), initial=0))
 
+    @property
+    def least_decodes(self) -> int:
+        """Of a batch that fills every row: nothing but decodes can be where they have a nano-batch of their own."""
+        return sum(0 if each.num_chunks else each.num_lanes for each in self.nano_batches)
+
     def dealt(self, batch: Batch) -> Cut | None:
         """How many decodes and prefill tokens of a batch each nano-batch gets; None where they do not fit."""
         if not batch.num_tokens:

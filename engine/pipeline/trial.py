@@ -20,7 +20,6 @@ from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.pipeline.agreed_captures import AgreedCaptures
-from engine.pipeline.lanes import lanes_for
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule
@@ -65,7 +64,7 @@ class Trial:
         self._pipeline = pipeline
         self._device = torch.device(config.device.value)
         self._ranks = RankAgreement(tensor_parallel, self._device)
-        self._lanes = {overlaps: lanes_for(self._device, overlaps=overlaps) for overlaps in (False, True)}
+        self._lanes = pipeline.lanes_on(self._device)
         self._captures = AgreedCaptures(self._device, tensor_parallel) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -97,7 +96,7 @@ class Trial:
             steps = [
                 padded.sequential
                 if each.schedule == sequential
-                else padded.by(each.schedule, self._lanes[each.overlaps])
+                else padded.by(each.schedule, self._lanes.of(overlaps=each.overlaps))
                 for each in contestants
             ]
             return [_Run(partial(_replay, step), step.fill) for step in steps]
@@ -106,7 +105,7 @@ class Trial:
         return [_Run(partial(self._launch, step, each)) for each in contestants]
 
     def _launch(self, step: StepInputs, contestant: Contestant, stopwatch: Stopwatch) -> object:
-        return self._pipeline.run(step, contestant.schedule, self._lanes[contestant.overlaps], stopwatch)
+        return self._pipeline.run(step, contestant.schedule, self._lanes.of(overlaps=contestant.overlaps), stopwatch)
 
     def _sample(self, run: "_Run") -> "_Sample":
         run.fill()

@@ -138,6 +138,37 @@ def test_results_are_kept_while_a_part_runs(tmp_path: Path) -> None:
     assert Results(tmp_path / "other", None, [Part.PEERS]).gather(3.0).endswith("; 3 s"), "without a folder"
 
 
+def test_tests_for_gpus_run_by_a_python_of_ones_own_too() -> None:
+    """Those of two GPUs are among them, and named in the ledger by what runs them alone."""
+    words = TWO_GPUS.split("`")[1].split()
+    done = subprocess.run(
+        [*words, "-n", "--no-print-directory", "PYTHON=python3"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == 'python3 -m pytest -m "gpu or multi_gpu" tests/engine/test_two_ranks.py'
+    assert "pytest.mark.multi_gpu" in (ROOT / "tests/engine/test_two_ranks.py").read_text()
+    assert sum(row[-2] == TWO_GPUS for row in ledger_rows()) == 2
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "nan", "inf", "soon"])
+def test_seconds_that_are_none_are_refused(gpu: ModuleType, seconds: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        gpu.main([f"--seconds={seconds}"])
+    assert refused.value.code == 2
+    assert f"--seconds: must be a number of seconds above 0, such as 570, but is '{seconds}'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], is_file: bool
+) -> None:
+    monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
+    out = tmp_path / "file" if is_file else Path("/proc/nope")
+    (tmp_path / "file").touch()
+    assert gpu.main(["--part", "peers", "--out", str(out)]) == 2
+    assert f"--out {out} cannot be written to: " in capfd.readouterr().err
+
+
 def test_a_folder_of_schedules_is_passed_on_or_refused(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +185,7 @@ def test_a_folder_of_schedules_is_passed_on_or_refused(
     assert 'gpu.py --part pipeline --part throughput --schedules "a b"' in done.stdout
 
 
+TWO_GPUS = "`make test-gpu ARGS=tests/engine/test_two_ranks.py` with two GPUs"
 # | claim | ... | `part` | `rows` | command | last measured |
 CELLS = re.compile(r"(?<!\\)\|")
 
@@ -173,7 +205,7 @@ def test_every_row_of_the_ledger_names_a_part_that_has_such_rows() -> None:
         if part == "every part":
             assert set(re.findall(r"`([^`]+)`", groups)) <= set(COMMON_GROUPS) and command == "every command"
         elif part == "none":
-            assert not groups and command in ("`make test-gpu`", "none yet: it needs a machine with two GPUs")
+            assert not groups and command in ("`make test-gpu`", TWO_GPUS)
         else:
             (name,) = named
             assert name in parts

@@ -93,7 +93,10 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "a.schedule").write_text("# planned\nnano-batches: 2+2\ncompute: qkv_proj[0:4]\n")
     (tmp_path / "b.schedule").write_bytes(b"\xff\xfe")
     (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "folder.schedule").mkdir()
     (tmp_path / "d.md").write_text("not looked at")
     one, *others = planned_schedules(tmp_path)
-    assert isinstance(one, PlannedSchedule) and one.name == "a" and one.title.startswith("a")
-    assert [other.name for other in others if isinstance(other, LeftOut)] == ["b.schedule", "c.json"]
+    assert isinstance(one, PlannedSchedule) and one.name == "a" and one.title == "a (streams)"
+    left_out = {other.name: other.reason for other in others if isinstance(other, LeftOut)}
+    assert list(left_out) == ["b.schedule", "c.json", "folder.schedule"]
+    assert left_out["folder.schedule"] == f"{tmp_path / 'folder.schedule'} cannot be read: Is a directory"

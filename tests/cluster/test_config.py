@@ -64,7 +64,13 @@ def test_model_paths_start_at_the_recipe_and_flags_win(tmp_path: Path, checkpoin
         ("model: x\nreplicas: 0\n", "replicas: input should be greater than or equal to 1, but it is 0."),
         ("model: x\ncache: 2 gigs\n", "cache: '2 gigs' is not a size; write a number of bytes or for example 2GiB"),
         ("model: x\nport: 99999\n", "port: input should be less than or equal to 65535, but it is 99999."),
-        ("model: x\ndtype: int3\n", "dtype"),
+        (
+            "model: x\ndtype: int3\n",
+            "recipe.yaml: dtype: input should be 'float64', 'float32', 'float16', 'bfloat16', 'fp8' or 'auto', but it "
+            "is 'int3'.",
+        ),
+        ("model: x\nkv_cache_dtype: [fp8]\n", "recipe.yaml: kv_cache_dtype: input should be 'float64', "),
+        ("model: x\naliases: [a, 3]\n", "recipe.yaml: aliases.1: input should be a valid string, but it is 3."),
         ("- model: x\n", "must be a mapping"),
         ("model: [\n", "is not valid YAML"),
     ],

@@ -81,7 +81,7 @@ def test_a_recipe_can_be_planned(recipe: Path) -> None:
         num_tokens=config.max_batch_tokens,
         num_prompt_tokens=PROMPT,
         num_output_tokens=OUTPUT,
-        dtype=config.dtype,
+        number_format=config.number_format,
     )
     report = PlanReport(request, request.answer(1.0))
     assert report.plan.best.step_seconds <= report.plan.sequential.step_seconds

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.device_probe import DeviceProbe
 from engine.device_times import StepPart
+from engine.gpu_preparation import GpuPreparation
 from engine.kv_cache import KVCache
 from engine.layers.norm import RMSNorm
 from engine.model_config import Architecture
@@ -22,7 +23,6 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.timer import GraphTimer
 from engine.step_work import StepWork
 from engine.tensor_parallel import TensorParallel
-from engine.worker import Worker
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, config_of, runner_of
 from tests.engine.pipeline.deferred_cuda import DEVICE as CUDA
@@ -222,12 +222,11 @@ def test_a_rank_that_cannot_measure_serves_without(
             raise torch.OutOfMemoryError("No memory.\nNone.")
 
     told: list[str] = []
-    worker = Worker(runner._config)
-    worker._tell_host = told.append
-    monkeypatch.setattr("engine.worker.GraphTimer", lambda device: None)
-    monkeypatch.setattr("engine.worker._free_device_memory", lambda: told.append("freed"))
+    monkeypatch.setattr("engine.gpu_preparation.GraphTimer", lambda device: None)
+    monkeypatch.setattr("engine.gpu_preparation.free_device_memory", lambda: told.append("freed"))
     monkeypatch.setattr(DeviceProbe, "measure_alone", measure)
     monkeypatch.setattr(runner, "device_times", None)
-    worker._time_operations(runner, runner._model, runner._kv_cache, CUDA)
+    preparation = GpuPreparation(runner._config, runner, TensorParallel(), told.append)
+    preparation.time_operations(runner._model, runner._kv_cache)
     assert (runner.device_times is None) == refuses
     assert told == ["nobody tells where the time of steps goes. No memory."] * refuses + ["freed"]

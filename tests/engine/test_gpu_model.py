@@ -11,15 +11,16 @@ from engine.kv_cache import KVCache
 from engine.model_config import Architecture, DType
 from engine.model_runner import ModelRunner
 from engine.models import build_model
-from engine.operation import TokenKind
+from engine.operation import Operation, TokenKind
 from engine.pipeline.nano_batch import Cut, NanoBatch
 from engine.pipeline.plan_choice import PlanChoice
+from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.split_schedule import split_schedule
 from engine.pipeline.step_parts import StepParts
 from engine.request import SamplingParams
 from engine.step_inputs import StepInputs
 from engine.tensor_parallel import TensorParallel
-from tests.engine.gpu_case import DEVICE, GREEDY, NUM_TOKENS, answers, config_of, runner_of
+from tests.engine.gpu_case import DEVICE, GREEDY, NUM_TOKENS, answers, config_of, random_model, runner_of
 
 pytest.importorskip("triton")
 
@@ -154,3 +155,23 @@ def test_without_triton_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None
     assert not use_gpu_kernels(model, config, DEVICE, told.append)
     assert told == ["layers are computed by plain torch and no step becomes a CUDA graph: Triton is not installed"]
     assert model.lm_head.draw is None
+
+
+@pytest.mark.parametrize(("is_able", "others_are"), [(True, True), (True, False), (False, True)])
+def test_kernels_compute_on_every_rank_of_a_group_or_on_none(
+    is_able: bool, others_are: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(Architecture.LLAMA)
+    model = random_model(config, kernels=False)
+    told: list[str] = []
+    monkeypatch.setattr("engine.gpu_model.refusal", lambda *_: None if is_able else "Triton is not installed")
+    ranks = RankAgreement(TensorParallel(rank=1, size=2), DEVICE)
+    monkeypatch.setattr(ranks, "smallest", lambda numbers: [min(number, others_are) for number in numbers])
+    assert use_gpu_kernels(model, config, DEVICE, told.append, ranks) is (is_able and others_are)
+    assert any(module.is_computed_elsewhere for module in model.modules() if isinstance(module, Operation)) is (
+        is_able and others_are
+    )
+    reasons = "".join(told)
+    assert ("another rank cannot compute by kernels" in reasons) is (is_able and not others_are)
+    assert ("Triton is not installed" in reasons) is not is_able
+    assert ("This rank cannot compute by kernels" in caplog.text) is not is_able

@@ -27,6 +27,7 @@ from engine.staging import stage
 from engine.step_inputs import DecodePart, StepInputs
 from engine.tensor_parallel import TensorParallel
 from engine.token_pool import TokenPool
+from tests.engine import gpu_case
 from tests.engine.batch_script import BatchScript
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
@@ -354,3 +355,13 @@ def test_launching_does_not_wait_for_the_device(
         torch.cuda.set_sync_debug_mode("default")
     results = [drawn(step) for step in pending]
     assert [list(tokens) for tokens in zip(*results, strict=True)] == [tokens[1:] for tokens in alone]
+
+
+def test_lanes_are_those_of_the_pipeline_whatever_the_mode() -> None:
+    runner = gpu_case.runner_of(gpu_case.config_of(Architecture.LLAMA), kernels=False)
+    lanes = runner.pipeline.lanes_on(runner.device)
+    before = runner._lanes
+    for overlaps in (False, True, False, True):
+        runner.use(runner.plans, overlaps=overlaps)
+        assert runner._lanes is lanes.of(overlaps=overlaps)
+    assert runner._lanes is before

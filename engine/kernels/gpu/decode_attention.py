@@ -74,6 +74,7 @@ def decode_attention(
         max_blocks=block_tables_DB.shape[1],
         block_size=block_size,
         group_size=group_size,
+        head_dim=query_DHd.shape[2],
         num_ctas=num_ctas,
         tile=config.tile,
     )

@@ -76,7 +76,17 @@ class DecodeScratch:
             partial_weights=torch.zeros((max_ctas, 2, 2, group_size), dtype=torch.float32, device=device),
         )
 
-    def check(self, *, rows: int, max_blocks: int, block_size: int, group_size: int, num_ctas: int, tile: int) -> None:
+    def check(
+        self,
+        *,
+        rows: int,
+        max_blocks: int,
+        block_size: int,
+        group_size: int,
+        head_dim: int,
+        num_ctas: int,
+        tile: int,
+    ) -> None:
         """Raises `ConfigError` when a launch of this size would not fit."""
         needed = rows * num_row_tiles(max_blocks, block_size, tile)
         if (
@@ -89,10 +99,12 @@ class DecodeScratch:
                 f"sequences with block tables of {max_blocks} blocks of {block_size} tokens need {needed} tiles of "
                 f"{max(1, tile // block_size)}: allocate it for them, with tile={tile}."
             )
-        if not 0 < num_ctas <= self.partial_sums.shape[0] or group_size != self.partial_sums.shape[3]:
+        max_ctas, _, _, own_group_size, own_head_dim = self.partial_sums.shape
+        is_group_s = (group_size, triton.next_power_of_2(head_dim)) == (own_group_size, own_head_dim)
+        if not 0 < num_ctas <= max_ctas or not is_group_s:
             raise ConfigError(
-                f"DecodeScratch is for 1 to {self.partial_sums.shape[0]} CTAs and groups of "
-                f"{self.partial_sums.shape[3]} query heads, not for {num_ctas} CTAs and groups of {group_size}: "
+                f"DecodeScratch is for 1 to {max_ctas} CTAs and groups of {own_group_size} query heads of up to "
+                f"{own_head_dim} elements, not for {num_ctas} CTAs and groups of {group_size} heads of {head_dim}: "
                 f"allocate it for those."
             )
 

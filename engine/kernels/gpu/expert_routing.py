@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels.gpu.narrowing import narrow
+from engine.kernels.gpu.row_launch import check_argument
 
 # Tokens x experts that a program holds, 16 numbers for each of its 128 threads; and the most tokens.
 _TILE = 2048
@@ -52,11 +53,11 @@ def route(
     *,
     normalise: bool,
     round_scores: bool,
-    num_tokens: Tensor | None = None,
+    positions_T: Tensor | None = None,
 ) -> ExpertRouting:
     """Route T tokens by their logits [T, X] of any floating type but float64.
 
-    `num_tokens`: one integer on the device, [1], if rows from there on are padding; those get no place.
+    `positions_T`: integers on the device, if rows whose position is negative are padding; those get no place.
     Of equal probabilities the first expert is taken. Raises ConfigError where shapes cannot be routed.
     """
     if router_logits_TX.dim() != 2 or router_logits_TX.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -70,8 +71,8 @@ def route(
             f"route: {num_experts_per_token} of {num_experts} experts with strides {router_logits_TX.stride()}; "
             f"k must be 1..X, X at most {_MAX_EXPERTS}, and a token's logits adjacent"
         )
-    if num_tokens is not None and (num_tokens.numel() != 1 or num_tokens.dtype not in (torch.int32, torch.int64)):
-        raise ConfigError(f"route: num_tokens is {num_tokens.dtype} {list(num_tokens.shape)}; one integer is right")
+    if positions_T is not None:
+        check_argument("positions_T", positions_T, (num_rows,), torch.int64, torch.int32)
     integers = functools.partial(torch.empty, dtype=torch.int32, device=router_logits_TX.device)
     score_dtype = router_logits_TX.dtype if round_scores else torch.float32
     routing = ExpertRouting(
@@ -86,7 +87,7 @@ def route(
     counts_BX = integers((num_blocks, num_experts))
     choices_block = triton.next_power_of_2(num_experts_per_token)
     _pick_experts[(num_blocks,)](
-        router_logits_TX, routing.scores, routing.experts, counts_BX, num_tokens, num_rows,
+        router_logits_TX, routing.scores, routing.experts, counts_BX, positions_T, num_rows,
         router_logits_TX.stride(0), num_experts, num_experts_per_token, normalise, tokens_block, experts_block,
         choices_block, num_warps=4,
     )  # fmt: skip
@@ -97,13 +98,13 @@ def route(
     return routing
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["positions", "num_rows"])
 def _pick_experts(
     logits: tl.tensor,
     scores: tl.tensor,
     experts: tl.tensor,
     counts: tl.tensor,
-    num_tokens: tl.tensor,
+    positions: tl.tensor,
     num_rows: tl.tensor,
     logits_stride: tl.tensor,
     NUM_EXPERTS: tl.constexpr,
@@ -140,8 +141,8 @@ def _pick_experts(
     if NORMALISE:
         scores_Tk = scores_Tk / tl.sum(scores_Tk, axis=1)[:, None]
     real_T = tokens_T < num_rows
-    if num_tokens is not None:
-        real_T = real_T & (tokens_T < tl.load(num_tokens))
+    if positions is not None:
+        real_T = real_T & (tl.load(positions + tokens_T, mask=real_T, other=-1) >= 0)
     inside_Tk = (tokens_T < num_rows)[:, None] & (choices_k < NUM_CHOICES)[None, :]
     offsets_Tk = tokens_T[:, None] * NUM_CHOICES + choices_k[None, :]
     tl.store(scores + offsets_Tk, narrow(scores_Tk, scores.dtype.element_ty), mask=inside_Tk)

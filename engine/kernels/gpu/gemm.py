@@ -170,6 +170,8 @@ def launch_gemm(
     num_columns, inner_of_b = check_operand("b", b_NK)
     if inner_of_b != num_inner:
         raise ConfigError(f"gemm: a is [T, {num_inner}] but b is [N, {inner_of_b}]; the inner sizes must be equal")
+    if num_inner < 1:
+        raise ConfigError(f"gemm: a is [{num_rows}, 0] and b [{num_columns}, 0]; there must be something to multiply")
     if num_sms < 1:
         raise ConfigError(f"gemm: num_sms is {num_sms}; at least one program must run")
     if output is None:
@@ -184,7 +186,7 @@ def launch_gemm(
                                ("scales of columns", column_scales_N, num_columns)):  # fmt: skip
         if vector is not None and (vector.numel() != size or not vector.is_contiguous()):
             raise ConfigError(f"gemm: {name} are {list(vector.shape)}; they must be {size} adjacent numbers")
-    if num_rows == 0:
+    if num_rows == 0 or num_columns == 0:
         return output
     element_bytes = a_TK.element_size()
     config = config or choose_config(num_rows, num_columns, num_inner, num_sms, element_bytes)

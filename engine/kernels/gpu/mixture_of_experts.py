@@ -1,7 +1,7 @@
 """The experts of a feed-forward on the device: routing, two grouped GEMMs, and the sum of each token's copies.
 
 Equal to `engine.layers.mixture_of_experts.GroupedExperts`, rounding where it rounds. Five launches whose grids depend
-on sizes alone, so one CUDA graph serves every routing and every number of real tokens up to its T. A token's k weighted
+on sizes alone, so one CUDA graph serves every routing and whichever of its T rows have tokens. A token's k weighted
 copies are added in the order of its choices: the same sum however tokens are routed and whatever runs beside it.
 
 Legend: T tokens, E hidden, X experts, k experts per token, S = T k copies, F intermediate size of this rank.
@@ -33,15 +33,15 @@ def mixture_of_experts(
     normalise: bool,
     round_scores: bool,
     num_sms: int,
-    num_tokens: Tensor | None = None,
+    positions_T: Tensor | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """[T, E], logits [T, X], weights [X, 2 F, E] and [X, E, F] -> [T, E]; the GEMMs run at most `num_sms` programs.
 
-    `num_tokens`: one integer on the device, [1], if rows from there on are padding; they become zeros.
+    `positions_T`: integers on the device, if rows whose position is negative are padding; they become zeros.
     """
     routing = route(
-        router_logits_TX, num_experts_per_token, normalise=normalise, round_scores=round_scores, num_tokens=num_tokens
+        router_logits_TX, num_experts_per_token, normalise=normalise, round_scores=round_scores, positions_T=positions_T
     )
     activated_SF = gated_gemm(hidden_TE, gate_up_XOE, routing, num_sms=num_sms)
     copies_SE = scattered_gemm(activated_SF, down_XEF, routing, num_sms=num_sms)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.kernels.gpu.gumbel_noise import (
     LARGEST_NOISE,
     NOISE_ERROR,
@@ -101,6 +102,10 @@ def _draw(
     if output_K is None:
         output_K = torch.empty(num_rows, dtype=torch.int64, device=logits_KV.device)
     check_argument("output_K", output_K, (num_rows,), torch.int64, torch.int32)
+    if num_splits is not None and num_splits < 1:
+        raise ConfigError(
+            f"num_splits must be 1 or more, but is {num_splits}; leave it out to have rows fill the device"
+        )
     if num_rows == 0:
         return output_K
     num_tiles = -(-vocab_size // _TILE)

@@ -85,13 +85,16 @@ def _library_gemm(
 def library_takes(
     a_TK: Tensor, b_NK: Tensor, bias_N: Tensor | None, output: Tensor | None, output_dtype: torch.dtype
 ) -> bool:
-    """Whether `torch._scaled_mm` has this case: K and N multiples of 16, dense operands, a bias of the output's type.
+    """Whether `torch._scaled_mm` has this case: something to multiply, K and N multiples of 16, dense operands, a bias
+    of the output's type.
 
     A float32 output has none at all.
     """
     num_columns, num_inner = b_NK.shape
     return (
-        num_inner % _LIBRARY_MULTIPLE == 0
+        a_TK.numel() > 0
+        and b_NK.numel() > 0
+        and num_inner % _LIBRARY_MULTIPLE == 0
         and num_columns % _LIBRARY_MULTIPLE == 0
         and a_TK.is_contiguous()
         and b_NK.is_contiguous()

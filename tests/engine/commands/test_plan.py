@@ -125,7 +125,10 @@ def test_a_checkpoint_is_planned_on_this_machines_measured_cpu(tmp_path: Path) -
         (("--model-config", "llama-2-70b", "--workload", "-1:9"), "--workload is PROMPT:OUTPUT"),
         ((), "Give either a checkpoint folder or --model-config"),
         ((".", "--model-config", "llama-2-70b"), "Give either a checkpoint folder or --model-config"),
-        ((*QUICK, "--profile", str(PAPER_PROFILE), "--dtype", "float32"), "of 16-bit numbers, but float32 has 32"),
+        (
+            (*QUICK, "--profile", str(PAPER_PROFILE), "--dtype", "float32"),
+            "measured in float16, but the plan is to be in float32: ask for dtype float16, or profile in float32",
+        ),
         (
             ("--model-config", "mixtral-8x7b", "--devices", "8", "--dtype", "float16", "--profile", str(PAPER_PROFILE)),
             "The profile .* is of another layer",

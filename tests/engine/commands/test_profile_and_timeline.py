@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine import ConfigError, EngineConfig
+from engine import ConfigError, EngineConfig, PipelineMode
 from engine.cli import app
 from engine.model_config import Architecture
 from engine.pipeline.profile import Profile
@@ -169,3 +169,34 @@ def test_files_and_lengths_are_checked_before_anything_starts(checkpoint: Path, 
         run("timeline", str(checkpoint), "--context", "100000")
     with pytest.raises(ConfigError, match="does not divide the model's"):
         run("timeline", str(checkpoint), "--tensor-parallel", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_narrow"),
+    [
+        (("--tensor-parallel", "2"), True),
+        (("--tensor-parallel", "2", "--mode", "nanobatch"), False),
+        ((), False),
+        (("--tensor-parallel", "2", "--device", "cpu"), False),
+    ],
+)
+def test_a_given_schedule_has_the_collectives_that_it_wants_between_gpus(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], has_narrow: bool
+) -> None:
+    """Ranks on GPUs that overlap have a second communicator, on few units."""
+
+    class StartedError(Exception):
+        pass
+
+    configs: list[EngineConfig] = []
+
+    def group(config: EngineConfig) -> None:
+        configs.append(config)
+        raise StartedError
+
+    monkeypatch.setattr("engine.local_group.LocalGroup", group)
+    file = tmp_path / "a.schedule"
+    file.write_text(SCHEDULE)
+    with pytest.raises(StartedError):
+        run("timeline", str(checkpoint), "--schedule", str(file), "--device", "cuda", *arguments)
+    assert (configs[0].pipeline is PipelineMode.OVERLAP) is has_narrow

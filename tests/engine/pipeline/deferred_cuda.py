@@ -40,6 +40,7 @@ class DeferredStream:
     name: str
     known: set[int] = field(default_factory=set)
     queue: list[_Record | _Wait | Work] = field(default_factory=list)
+    cuda_stream: int = 0
 
     def wait_event(self, event: "DeferredEvent") -> None:
         assert event.record_of is not None, "waiting for an event that was never recorded"

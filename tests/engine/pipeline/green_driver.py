@@ -56,6 +56,12 @@ class FakeDriver:
     def answer_cuGreenCtxStreamCreate(self, context: str, flags: int, priority: int) -> tuple[Any, ...]:  # noqa: N802
         return (1000 + len(self.calls),)
 
+    def answer_cuStreamDestroy(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+        return ()
+
+    def answer_cuGreenCtxDestroy(self, context: str) -> tuple[Any, ...]:  # noqa: N802
+        return ()
+
     def answer_cuGetErrorName(self, status: Status) -> tuple[Any, ...]:  # noqa: N802
         return (status.name.encode(),)
 

@@ -4,6 +4,7 @@ up, attention reads as fast with six tenths as with all. Imported by tests.
 
 from engine.batch_shape import BatchShape
 from engine.model_config import Architecture
+from engine.number_format import NumberFormat
 from engine.operation import TokenKind
 from engine.pipeline.cost_model import Mode
 from engine.pipeline.overlap_profile import Interference, OverlapProfile
@@ -56,7 +57,7 @@ def profile_of(microseconds: dict[str, float] = MICROSECONDS) -> Profile:
     return Profile(
         fingerprint={},
         source="made up",
-        element_bytes=2,
+        number_format=NumberFormat.BFLOAT16,
         nodes=nodes,
         overlap={
             Mechanism.GREEN: OverlapProfile(modes=split, interference=()),

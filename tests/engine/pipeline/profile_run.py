@@ -12,7 +12,8 @@ from engine.models import build_model
 from engine.pipeline.fingerprint import fingerprint_of
 from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.profile import Profile
-from engine.pipeline.profiler import ProfileGrid, Profiler
+from engine.pipeline.profile_grid import ProfileGrid
+from engine.pipeline.profiler import Profiler
 from engine.pipeline.tracer import TracedLayer, trace_layer
 from engine.tensor_parallel import TensorParallel
 from engine.weights import load_weights
@@ -68,7 +69,7 @@ def profile_rank(rank: int, size: int, checkpoint: Path, output: Path) -> None:
         Profile(
             fingerprint=full.fingerprint,
             source=full.source,
-            element_bytes=full.element_bytes,
+            number_format=full.number_format,
             layer=full.layer,
             nodes=nodes,
             interference=full.interference[:6],

@@ -14,8 +14,10 @@ from engine.batch_shape import BatchShape
 from engine.config import EngineConfig
 from engine.model_config import Architecture, DType
 from engine.models import build_model
+from engine.number_format import NumberFormat
 from engine.operation import TokenKind
 from engine.pipeline import selection
+from engine.pipeline.agreed_times import AgreedTimes
 from engine.pipeline.graph import OperationGraph
 from engine.pipeline.nano_batch import NanoBatch
 from engine.pipeline.pipeline import Pipeline
@@ -23,7 +25,8 @@ from engine.pipeline.plan import Candidate, Plan, StopReason
 from engine.pipeline.plan_set import PlanSet
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import NodeProfile, Profile, Sample
-from engine.pipeline.profiler import QUICK, Profiler
+from engine.pipeline.profile_grid import QUICK
+from engine.pipeline.profiler import Profiler
 from engine.pipeline.schedule import Lane, Schedule
 from engine.pipeline.selection import Effort, Selector
 from engine.pipeline.trial import Contestant, Timing
@@ -83,7 +86,7 @@ class Rehearsal:
         patch.setattr(selection, "Stopwatch", Clock(self))
         patch.setattr(selection, "fingerprint_of", lambda *_: FINGERPRINT)
         patch.setattr(Profiler, "_load", lambda *_: None)
-        patch.setattr(Profiler, "_medians", lambda _, loads, *__, **___: self.medians(len(loads)))
+        patch.setattr(AgreedTimes, "medians", lambda _, loads, *__, **___: self.medians(len(loads)))
         patch.setattr(Profiler, "_pair_speeds", lambda *_: (1.0, 1.0))
 
     @property
@@ -149,7 +152,7 @@ def made_up_profile() -> Profile:
         is_decode = node.tokens is TokenKind.DECODE
         shape = BatchShape(num_decodes=8.0 * is_decode, num_prefills=8.0 * (not is_decode))
         nodes[node.name] = NodeProfile((Sample(shape, 0.001),))
-    return Profile(fingerprint=FINGERPRINT, source="made up", element_bytes=4, nodes=nodes)
+    return Profile(fingerprint=FINGERPRINT, source="made up", number_format=NumberFormat.FLOAT32, nodes=nodes)
 
 
 class Clock:

@@ -37,10 +37,16 @@ def test_data_sheets_are_those_of_the_paper(name: str) -> None:
 
 def test_wider_numbers_are_never_faster_and_every_device_shares_units() -> None:
     for spec in DATA_SHEETS.values():
-        rates = [spec.flops_per_second[width] for width in (2, 4, 8)]
+        rates = [spec.flops_per_second[width] for width in (1, 2, 4, 8) if width > 1 or spec.has_fp8]
         assert rates == sorted(rates, reverse=True)
         assert spec.sharing is PAPER_SHARING
         assert spec.num_units > 64
+
+
+def test_products_in_fp8_take_their_time_at_their_own_rate() -> None:
+    h200 = data_sheet("h200")
+    assert h200.has_fp8 and not data_sheet("a100-80gb").has_fp8
+    assert h200.compute_seconds(989e12 + 1979e12, 2, 1979e12) == pytest.approx(2)
 
 
 def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
@@ -49,8 +55,8 @@ def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
 
 
 def test_an_unknown_width_is_refused() -> None:
-    with pytest.raises(ConfigError, match="h100: no rate is known for 8-bit numbers, only for 16, 32, 64"):
-        data_sheet("h100").compute_seconds(1.0, 1)
+    with pytest.raises(ConfigError, match="a100-80gb: no rate is known for 8-bit numbers, only for 16, 32, 64"):
+        data_sheet("a100-80gb").compute_seconds(1.0, 1)
 
 
 @pytest.mark.parametrize("table", [PAPER_SHARING, REPOSITORY_SHARING])

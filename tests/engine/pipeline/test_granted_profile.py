@@ -13,7 +13,8 @@ from engine.pipeline import green_partition, profiler
 from engine.pipeline.layer_program import LayerProgram
 from engine.pipeline.placement import GPU_LANES, lane_of
 from engine.pipeline.profile import Profile
-from engine.pipeline.profiler import QUICK, Profiler
+from engine.pipeline.profile_grid import QUICK
+from engine.pipeline.profiler import Profiler
 from engine.pipeline.schedule import Lane, Mechanism
 from engine.pipeline.timer import Load
 from engine.pipeline.tracer import trace_layer

@@ -1,6 +1,7 @@
 """A device split in two by a driver that is told what to answer."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,45 @@ def test_a_missing_package_and_an_old_one_are_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(GreenPartitionError, match="not installed"):
         GreenPartition.split(DEVICE, 40)
+
+
+def test_what_was_made_is_given_back() -> None:
+    driver = FakeDriver()
+    partition = GreenPartition.split(DEVICE, 90, driver=driver)
+    driver.calls.clear()
+    partition.destroy()
+    streams = [part.stream.cuda_stream for part in (partition.first, partition.second)]
+    assert driver.calls == [
+        ("cuStreamDestroy", streams[0]), ("cuGreenCtxDestroy", "context of 96 multiprocessors"),
+        ("cuStreamDestroy", streams[1]), ("cuGreenCtxDestroy", "context of 36 multiprocessors"),
+    ]  # fmt: skip
+
+
+def test_the_second_part_is_given_back_though_the_first_is_not() -> None:
+    driver = FakeDriver()
+    partition = GreenPartition.split(DEVICE, 90, driver=driver)
+    driver.refused = "cuStreamDestroy"
+    driver.calls.clear()
+    with pytest.raises(GreenPartitionError, match="cuStreamDestroy"):
+        partition.destroy()
+    assert sum(call[0] == "cuStreamDestroy" for call in driver.calls) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_split_that_is_refused_half_way_leaves_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    real = driver.answer_cuGreenCtxStreamCreate
+    made: list[int] = []
+
+    def refuse_later(*arguments: Any) -> tuple[Any, ...]:
+        made.append(1)
+        if len(made) > number:
+            raise GreenPartitionError("no more streams")
+        return real(*arguments)
+
+    monkeypatch.setattr(driver, "answer_cuGreenCtxStreamCreate", refuse_later)
+    with pytest.raises(GreenPartitionError, match="no more streams"):
+        GreenPartition.split(DEVICE, 90, driver=driver)
+    names = [call[0] for call in driver.calls]
+    assert names.count("cuGreenCtxDestroy") == names.count("cuGreenCtxCreate") == 1 + number
+    assert names.count("cuStreamDestroy") == number

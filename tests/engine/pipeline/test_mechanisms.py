@@ -17,9 +17,11 @@ from engine.layers.linear import ColumnParallelLinear
 from engine.model_config import Architecture
 from engine.pipeline import green_partition
 from engine.pipeline.capture import Captures
+from engine.pipeline.device_lanes import DeviceLanes
+from engine.pipeline.granted_loads import PAIRED_SHARE, GrantedLoads
 from engine.pipeline.layer_program import BoundNode
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.schedule import Mechanism, Schedule
+from engine.pipeline.schedule import ALL_UNITS, Lane, Mechanism, Schedule
 from engine.pipeline.stopwatch import Stopwatch
 from engine.pipeline.stream_lanes import StreamLanes
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
@@ -88,6 +90,7 @@ def recorded_device(driver: FakeDriver | None = None, *, computes: bool = True) 
 
         def external(handle: int, device: object) -> DeferredStream:
             cuda.streams.append(DeferredStream(cuda, f"part {handle}"))
+            cuda.streams[-1].cuda_stream = handle
             return cuda.streams[-1]
 
         patch.setattr(torch.cuda, "ExternalStream", external)
@@ -288,3 +291,38 @@ def test_a_product_in_fp8_is_quantised_within_its_share(monkeypatch: pytest.Monk
         limited = gpu_operations._multiply(linear, units, hidden)
     torch.testing.assert_close(limited, expected, rtol=2e-2, atol=2e-2)
     assert limits == [3]
+
+
+def test_lanes_and_parts_are_made_once_and_given_back_in_the_end() -> None:
+    """Whoever runs or measures layers, and however often the mode changes."""
+    driver = FakeDriver(num_sms=NUM_UNITS)
+    with recorded_device(driver):
+        device_lanes = DeviceLanes(DEVICE)
+        for overlaps in (False, True, False, True):
+            assert device_lanes.of(overlaps=overlaps) is device_lanes.of(overlaps=overlaps)
+        lanes = device_lanes.of(overlaps=True)
+        assert isinstance(lanes, StreamLanes) and lanes._grants is device_lanes.grants
+        for lane, share in ((Lane.MEMORY, PAIRED_SHARE), (Lane.COMPUTE, ALL_UNITS - PAIRED_SHARE)):
+            device_lanes.grants.of(Mechanism.GREEN, lane, share)
+        assert GrantedLoads(DEVICE, None, device_lanes.grants).offered()[Mechanism.GREEN]
+        assert made(driver) == (2, 0)
+        for _ in range(2):
+            device_lanes.close()
+            assert made(driver) == (2, 2)
+
+
+def made(driver: FakeDriver) -> tuple[int, int]:
+    """How many parts were made, and how many were given back."""
+    names = [call[0] for call in driver.calls]
+    assert names.count("cuStreamDestroy") == names.count("cuGreenCtxDestroy")
+    return names.count("cuGreenCtxCreate"), names.count("cuGreenCtxDestroy")
+
+
+def test_a_part_that_is_not_given_back_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeDriver(num_sms=NUM_UNITS)
+    with recorded_device(driver):
+        device_lanes = DeviceLanes(DEVICE)
+        device_lanes.grants.of(Mechanism.GREEN, Lane.MEMORY, PAIRED_SHARE)
+        driver.refused = "cuGreenCtxDestroy"
+        device_lanes.close()
+    assert "A part of the device was not given back: cuGreenCtxDestroy" in caplog.text

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import ConfigError
-from engine.model_config import DType
 from engine.model_shapes import model_shape
+from engine.number_format import NumberFormat
 from engine.pipeline.cost_model import CostModel, Mode
 from engine.pipeline.devices import data_sheet
 from engine.pipeline.mechanism_plans import plans_by_mechanism
@@ -91,7 +91,7 @@ def test_a_request_is_planned_by_the_mechanism_that_it_names() -> None:
         num_tokens=1024,
         num_prompt_tokens=512,
         num_output_tokens=512,
-        dtype=DType.BFLOAT16,
+        number_format=NumberFormat.BFLOAT16,
         profile=COSTS.profile,
         mechanism=Mechanism.GREEN,
     )

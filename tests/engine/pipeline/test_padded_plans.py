@@ -1,5 +1,6 @@
 """Steps of a plan, padded: whatever mix comes, and whatever order streams run in, the model computes the same."""
 
+import logging
 import random
 from dataclasses import replace
 from functools import partial
@@ -70,8 +71,7 @@ def padded_runner(
     """All of its steps that can be run by the schedule are, on these lanes; rows without a token are poisoned."""
     runner = runner_of(config, kernels=True)
     with torch.no_grad():
-        # Experts are not chosen by what is no number; such rows would not even be routed.
-        runner._model.embed_tokens.shard.weight[POISON] = 100.0 if config.model.num_experts else torch.nan
+        runner._model.embed_tokens.shard.weight[POISON] = torch.nan
     runner._preparation.pool.tokens[0, 0] = POISON
     runner._lanes = lanes
     runner.plans = PlanChoice(schedule)
@@ -148,6 +148,23 @@ def test_whatever_mix_comes_a_plan_computes_what_the_model_does() -> None:
     check(config_of(Architecture.LLAMA, max_batch_tokens=32), PLAN, 1)
 
 
+def test_which_full_batches_a_plan_cannot_serve_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Its first nano-batch is for decodes alone: a quarter of the rows."""
+    config = config_of(Architecture.LLAMA, max_batch_tokens=32)
+    cut = Cut((NanoBatch(8, 0), NanoBatch(8, 16)))
+    schedule = split_schedule(traced_graph(Architecture.LLAMA, 1), cut)
+    with deferred_cuda() as cuda, caplog.at_level(logging.INFO):
+        runner = padded_runner(replace(config, max_sequences=16), schedule, SettledLanes(cuda, 1))
+    assert "32 tokens those with fewer than 8 decodes run sequentially" in caplog.text
+    (step,) = [step for size, _, step in runner.padded._planned if size == 32]  # type: ignore[union-attr]
+    assert step.bucket.least_decodes == 8
+    assert [step.bucket._dealt(number, 32 - number) is None for number in (7, 8, 12)] == [True, False, False]
+    caplog.clear()
+    with deferred_cuda() as cuda, caplog.at_level(logging.INFO):
+        padded_runner(config, PLAN, SettledLanes(cuda, 1))
+    assert "run sequentially: decodes" not in caplog.text
+
+
 @pytest.mark.slow
 def test_decodes_with_a_nano_batch_of_their_own() -> None:
     config = config_of(Architecture.LLAMA, max_batch_tokens=32)
@@ -162,6 +179,36 @@ def test_on_a_device_graphs_of_a_plan_serve_every_mix() -> None:
         check_runner(padded_runner(config, PLAN, lanes_for(DEVICE, overlaps=True), Captures(DEVICE)), seed)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+def test_rows_of_a_plan_without_a_token_go_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each nano-batch has its own behind its tokens."""
+    from engine.kernels.gpu import expert_routing, mixture_of_experts
+
+    config = config_of(Architecture.MIXTRAL, max_batch_tokens=32)
+    graph = Pipeline(random_model(config, kernels=False), config.model.hidden_size).graph
+    cut = Cut((NanoBatch(3, 13), NanoBatch(5, 11)))
+    rows: list[int] = []
+    real = expert_routing.route
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        routing = real(*arguments, **options)
+        rows.append(int(routing.starts[-1]) // routing.num_experts_per_token)
+        return routing
+
+    monkeypatch.setattr(mixture_of_experts, "route", noting)
+    with deferred_cuda() as cuda:
+        runner = padded_runner(config, split_schedule(graph, cut), SettledLanes(cuda, 1))
+        script = BatchScript(NUM_BLOCKS, 16)
+        for row, prompt in PROMPTS.items():
+            script.admit(row, prompt, GREEDY)
+        runner.launch(script.step(prefills=[(2, 1)])).wait()
+        output = runner.launch(script.step(decodes=[2], prefills=[(1, 20), (3, 5)])).wait()
+    assert output.num_padding_tokens == 6
+    of_step = rows[-2 * config.model.num_layers :]  # of each nano-batch; the first run by a plan learns shapes, too
+    assert sum(of_step) == 26 * config.model.num_layers and max(of_step) < 26
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [Architecture.MIXTRAL, Architecture.MISTRAL])
 def test_experts_and_windows(architecture: Architecture) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
+from engine.gpu_preparation import GpuPreparation
 from engine.model_config import Architecture
 from engine.model_runner import ModelRunner
 from engine.pipeline.capture import CaptureError, CaptureMemoryError, Captures
 from engine.pipeline.padded_inputs import packed_step
 from engine.pipeline.token_bucket import PaddedNanoBatch, TokenBucket
 from engine.request import SamplingParams
-from engine.worker import Worker
+from engine.tensor_parallel import TensorParallel
 from tests.engine.batch_script import BatchScript
 from tests.engine.gpu_case import GREEDY, NUM_BLOCKS, PROMPTS, answers, config_of, runner_of
 from tests.engine.pipeline.deferred_cuda import DEVICE as CUDA
@@ -138,11 +139,9 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs(error: Exception
     config = config_of(Architecture.LLAMA)
     runner = runner_of(config, kernels=True)
     told: list[str] = []
-    worker = Worker(config)
-    worker._tell_host = told.append
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.worker.AgreedCaptures", lambda *_: Refusing())
-        worker._capture_steps(runner, CUDA)
+        patch.setattr("engine.gpu_preparation.AgreedCaptures", lambda *_: Refusing())
+        GpuPreparation(config, runner, TensorParallel(), told.append).capture_steps()
     assert runner.padded is None
     assert told == ["no step becomes a CUDA graph. It waits."]
 
@@ -156,10 +155,10 @@ def test_a_rank_without_memory_for_inputs_does_not_go_on_alone() -> None:
     config = config_of(Architecture.LLAMA)
     runner = runner_of(config, kernels=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.worker.AgreedCaptures", lambda *_: None)
+        patch.setattr("engine.gpu_preparation.AgreedCaptures", lambda *_: None)
         patch.setattr(runner, "pad_steps", scarce)
         with pytest.raises(torch.OutOfMemoryError):
-            Worker(config)._capture_steps(runner, CUDA)
+            GpuPreparation(config, runner, TensorParallel(), print).capture_steps()
 
 
 def test_steps_that_no_bucket_holds_run_as_large_as_they_are() -> None:
@@ -204,11 +203,11 @@ def test_padded_and_other_steps_follow_each_other() -> None:
 def test_padding_goes_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.kernels.gpu.mixture_of_experts import mixture_of_experts
 
-    told: list[int | None] = []
+    told: list[tuple[int, int]] = []
 
-    def noting(*arguments: Any, num_tokens: Tensor | None, **options: Any) -> Tensor:
-        told.append(None if num_tokens is None else int(num_tokens))
-        return mixture_of_experts(*arguments, num_tokens=num_tokens, **options)
+    def noting(*arguments: Any, positions_T: Tensor, **options: Any) -> Tensor:
+        told.append((len(positions_T), int((positions_T >= 0).sum())))
+        return mixture_of_experts(*arguments, positions_T=positions_T, **options)
 
     monkeypatch.setattr("engine.gpu_operations.mixture_of_experts", noting)
     config = config_of(Architecture.MIXTRAL)
@@ -222,8 +221,8 @@ def test_padding_goes_to_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     runner.padded = None
     runner.launch(script.step(decodes=[0, 1])).wait()
     num_layers = config.model.num_layers
-    assert padded is not None and told[: 2 * num_layers] == [3] * num_layers + [2] * num_layers
-    assert set(told[2 * num_layers :]) == {None}
+    assert padded is not None and told[:num_layers] == [(4, 3)] * num_layers
+    assert set(told[num_layers:]) == {(2, 2)}
 
 
 def batch_of_mixed() -> Batch:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
+from engine.number_format import NumberFormat
 from engine.pipeline import plan_store
 from engine.pipeline.bucket import Bucket, DecodeShare, bucket_of, buckets, ladder
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
@@ -26,7 +27,7 @@ SCHEDULE = Schedule.parse("nano-batches: 128+128 128+128\ncompute: o_proj[0:256]
 PROFILE = Profile(
     fingerprint=FINGERPRINT,
     source="a test",
-    element_bytes=4,
+    number_format=NumberFormat.FLOAT32,
     nodes={"o_proj": NodeProfile((Sample(BatchShape(num_decodes=0, num_prefills=8), 0.1 + 0.2),))},
 )
 
@@ -163,7 +164,10 @@ _TEXT = str(_plans())
         (_TEXT.replace("o_proj[0:256]", "o_proj[256:0]"), r"plans\[0\]\.schedule: line 2"),
         (_TEXT.replace('"num_decodes": 64', '"num_decodes": -64'), r"plans\[1\]\.num_decodes must be"),
         (_TEXT.replace('"seconds": 0.30', '"seconds": "0.30'), "JSON"),
-        (_TEXT.replace('"element_bytes": 4', '"element_bytes": 0'), r"profile\.element_bytes must be"),
+        (
+            _TEXT.replace('"number_format": "float32"', '"number_format": "int8"'),
+            r"profile\.number_format must be one of",
+        ),
         (_TEXT.replace('"is_complete": true', '"is_complete": 1'), "is_complete must be true or false"),
         (_TEXT.replace('"torch": "2.13"', '"torch": "2.12"'), "another fingerprint"),
     ],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.batch_shape import BatchShape
 from engine.errors import ConfigError
+from engine.number_format import NumberFormat
 from engine.operation import Resource, TokenKind
 from engine.pipeline.cost_law import LawSample, fit_law
 from engine.pipeline.cost_model import CostModel, Mode
@@ -40,7 +41,7 @@ _PROFILES = st.builds(
     Profile,
     fingerprint=st.dictionaries(st.text(), st.text(), max_size=3),
     source=st.text(),
-    element_bytes=st.integers(1, 8),
+    number_format=st.sampled_from(NumberFormat),
     layer=st.none() | st.text(),
     nodes=st.dictionaries(
         st.text(), st.builds(NodeProfile, st.lists(_SAMPLES, min_size=1, max_size=3).map(tuple), _MODES), max_size=3
@@ -104,7 +105,7 @@ def _profile(**changes: Any) -> Profile:
     settings: dict[str, Any] = dict(
         fingerprint={"device": "a test"},
         source="a test",
-        element_bytes=2,
+        number_format=NumberFormat.BFLOAT16,
         nodes=nodes,
         interference=(
             Interference("projection", "all_reduce", 0.8),
@@ -154,12 +155,13 @@ _FIRST_SAMPLE = ("nodes", "projection", "samples", 0)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format", value=2), r"format must be a whole number from 1 to 1, but is 2"),
+        (_set("format", value=3), r"format must be a whole number from 2 to 2, but is 3"),
+        (_set("format", value=1), r"format must be 2: files of format 1 do not say which number format .*, but is 1"),
         (_set("extra", value=1), r"unknown key 'extra'"),
         (_delete("source"), r"lacks the key 'source'"),
         (_set("fingerprint", "device", value=3), r"fingerprint\.device must be a string, but is 3"),
-        (_set("element_bytes", value=True), r"element_bytes must be a whole number of at least 1, but is true"),
-        (_set("element_bytes", value=2.0), r"element_bytes must be a whole number"),
+        (_set("number_format", value="int8"), r"number_format must be one of float64, .*, fp8, but is \"int8\""),
+        (_set("number_format", value=[]), r"number_format must be a string"),
         (_set("layer", value=[]), r"layer must be a string"),
         (_set("nodes", value=[]), r"nodes must be an object"),
         (_set("nodes", "projection", "samples", value=[]), r"nodes\.projection\.samples must be a list of at least"),

@@ -13,8 +13,8 @@ from engine.errors import ConfigError
 from engine.model_config import Architecture
 from engine.operation import Resource
 from engine.pipeline import profiler
+from engine.pipeline.agreed_times import AgreedTimes, overlapped_speeds
 from engine.pipeline.profile import MeasuredCosts, Profile
-from engine.pipeline.profiler import overlapped_speeds
 from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
 from engine.pipeline.timer import HostTimer, Load
 from engine.random_checkpoint import sized_config, write_random_checkpoint
@@ -104,7 +104,7 @@ def test_a_file_that_must_be_written_is_insisted_on(
     config = config_of(checkpoint(Architecture.LLAMA), 1)
     traced = traced_layer(config, TensorParallel())
     monkeypatch.setattr(profiler.Profiler, "_load", lambda *_: None)
-    monkeypatch.setattr(profiler.Profiler, "_medians", lambda _, loads, *__, **___: [0.001] * len(loads))
+    monkeypatch.setattr(AgreedTimes, "medians", lambda _, loads, *__, **___: [0.001] * len(loads))
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "profile.json"
     with pytest.raises(ConfigError, match=f"{path} cannot be written"):

@@ -23,7 +23,7 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.plan_set import PlanSet, SelectedPlan
 from engine.pipeline.plan_store import PlanStore
 from engine.pipeline.profile import Profile
-from engine.pipeline.profiler import THOROUGH
+from engine.pipeline.profile_grid import THOROUGH
 from engine.pipeline.schedule import Lane, Schedule, ScheduleError
 from engine.pipeline.selection import Effort, Selector, effort_at_start
 from engine.pipeline.trial import Contestant, Timing

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.kernels.gpu.decode_plan import DecodeScratch, plan_decode, program_of, share_of
 
 
@@ -101,3 +102,23 @@ def test_shares_cover_all_and_differ_by_one(num_programs: int, total: int, devic
     sizes = (last - first).tolist()
     assert max(sizes) - min(sizes) <= 1
     assert owner.tolist() == [program for program in range(num_programs) for _ in range(sizes[program])]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 80}, "groups of 2 query heads of up to 64 elements, not for 3 CTAs and groups of 2 heads of 80"),
+        ({"head_dim": 32}, "groups of 2 query heads of up to 64 elements, not for 3 CTAs and groups of 2 heads of 32"),
+        ({"group_size": 4}, "not for 3 CTAs and groups of 4 heads of 48: allocate it for those"),
+        ({"num_ctas": 4}, "is for 1 to 3 CTAs"),
+        ({"rows": 9}, "has room for 8 tiles of 4 pages; 9 sequences"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, int], message: str) -> None:
+    scratch = DecodeScratch.allocate(
+        max_rows=8, max_blocks=4, block_size=16, group_size=2, head_dim=64, max_ctas=3, tile=64, device="cpu"
+    )
+    launch = dict(rows=8, max_blocks=4, block_size=16, group_size=2, head_dim=48, num_ctas=3, tile=64)
+    scratch.check(**launch)
+    with pytest.raises(ConfigError, match=message):
+        scratch.check(**(launch | change))

@@ -49,8 +49,8 @@ def test_routes_as_the_layer_does(
 def test_padded_tokens_get_no_place(num_tokens: int, device: torch.device) -> None:
     logits = torch.randn(50, 6, device=device)
     logits[num_tokens:] = float("nan")
-    real = torch.tensor([num_tokens], dtype=torch.int32, device=device)
-    routing = route(logits, 2, normalise=True, round_scores=False, num_tokens=real)
+    positions_T = torch.where(torch.arange(50, device=device) < num_tokens, 7, -1)
+    routing = route(logits, 2, normalise=True, round_scores=False, positions_T=positions_T)
     assert_sorted_stably(routing, num_tokens)
     assert int(routing.starts[-1]) == 2 * num_tokens
 
@@ -95,6 +95,6 @@ def test_what_cannot_be_routed_is_refused(device: torch.device) -> None:
         route(torch.zeros(3, 4, device=device), 5, normalise=True, round_scores=False)
     with pytest.raises(ConfigError, match="float64"):
         route(torch.zeros(3, 4, device=device).double(), 2, normalise=True, round_scores=False)
-    with pytest.raises(ConfigError, match="one integer is right"):
+    with pytest.raises(ConfigError, match="positions_T"):
         two = torch.zeros(2, dtype=torch.int32, device=device)
-        route(torch.zeros(3, 4, device=device), 2, normalise=True, round_scores=False, num_tokens=two)
+        route(torch.zeros(3, 4, device=device), 2, normalise=True, round_scores=False, positions_T=two)

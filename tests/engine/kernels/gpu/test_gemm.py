@@ -123,3 +123,13 @@ def test_operands_that_do_not_fit_are_refused(device: torch.device) -> None:
         gemm(half(8, 16), half(8, 16), num_sms=0)
     with pytest.raises(ConfigError, match="alike"):
         gemm(half(8, 16), half(8, 16).float(), num_sms=1)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 8), (5, 0), (0, 0)])
+def test_a_product_without_rows_or_columns_is_empty(rows: int, columns: int, device: torch.device) -> None:
+    a_TK = random(rows, 16, dtype=torch.bfloat16, device=device)
+    b_NK = random(columns, 16, dtype=torch.bfloat16, device=device)
+    output_TN = gemm(a_TK, b_NK, num_sms=2)
+    assert output_TN.shape == (rows, columns) and output_TN.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"a is \[5, 0\] and b \[8, 0\]; there must be something to multiply"):
+        gemm(a_TK.new_empty(5, 16)[:, :0], b_NK.new_empty(8, 16)[:, :0], num_sms=2)

@@ -22,8 +22,11 @@ UNTOUCHED = 12345.0
 
 
 def routed(logits_TX: Tensor, num_choices: int, num_tokens: int | None = None) -> ExpertRouting:
-    real = None if num_tokens is None else torch.tensor([num_tokens], dtype=torch.int32, device=logits_TX.device)
-    return route(logits_TX, num_choices, normalise=True, round_scores=False, num_tokens=real)
+    positions_T = None
+    if num_tokens is not None:
+        rows_T = torch.arange(len(logits_TX), device=logits_TX.device)
+        positions_T = torch.where(rows_T < num_tokens, rows_T, -1)
+    return route(logits_TX, num_choices, normalise=True, round_scores=False, positions_T=positions_T)
 
 
 def logits_with_empty_experts(num_tokens: int, num_experts: int, device: torch.device) -> Tensor:

@@ -140,7 +140,7 @@ def launch_variants() -> None:
             normalise=True,
             round_scores=True,
             num_sms=132,
-            num_tokens=torch.empty(1, dtype=torch.int32),
+            positions_T=torch.empty(256, dtype=torch.int64),
         )
 
 

@@ -61,13 +61,15 @@ def test_padding_gives_zeros_and_changes_no_real_token(device: torch.device) -> 
     logits_TX = torch.randn(40, 8, device=device)
     compute = functools.partial(mixture_of_experts, normalise=True, round_scores=False, num_sms=3)
     weights = experts.gate_up_proj, experts.down_proj
-    alone = compute(hidden_TE[:33], logits_TX[:33], *weights, 2)
-    hidden_TE[33:], logits_TX[33:] = float("nan"), float("nan")
+    positions_T = torch.arange(40, device=device)
+    positions_T[14:19] = positions_T[38:] = -1  # behind the tokens of each of two nano-batches
+    is_real = positions_T >= 0
+    alone = compute(hidden_TE[is_real], logits_TX[is_real], *weights, 2)
+    hidden_TE[~is_real], logits_TX[~is_real] = float("nan"), float("nan")
     output = torch.full_like(hidden_TE, float("nan"))
-    real = torch.tensor([33], dtype=torch.int32, device=device)
-    compute(hidden_TE, logits_TX, *weights, 2, num_tokens=real, output=output)
-    assert torch.equal(output[:33], alone)
-    assert not output[33:].any()
+    compute(hidden_TE, logits_TX, *weights, 2, positions_T=positions_T, output=output)
+    assert torch.equal(output[is_real], alone)
+    assert not output[~is_real].any()
 
 
 def test_copies_are_added_in_the_order_of_choices(device: torch.device) -> None:
@@ -92,8 +94,8 @@ def test_products_are_rounded_where_scores_are_and_not_elsewhere(device: torch.d
 
 
 def test_copies_of_padded_tokens_are_not_looked_at(device: torch.device) -> None:
-    real = torch.tensor([3], dtype=torch.int32, device=device)
-    routing = route(torch.randn(5, 4, device=device), 2, normalise=True, round_scores=False, num_tokens=real)
+    positions_T = torch.tensor([0, 1, 2, -1, -1], device=device)
+    routing = route(torch.randn(5, 4, device=device), 2, normalise=True, round_scores=False, positions_T=positions_T)
     copies_SE = torch.full((10, 16), float("nan"), device=device)
     copies_SE[:6] = 1.0
     sums_TE = sum_copies(copies_SE, routing)

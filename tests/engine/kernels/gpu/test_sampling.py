@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.gumbel import gumbel_noise, hash_bits
 from engine.kernels.gpu.sampling import best_tokens, draw_tokens, splits_of
 from engine.request import SamplingParams
@@ -58,6 +59,13 @@ def test_the_best_token_is_the_first_of_the_largest(
     given_K = best_tokens(logits_KV, num_splits=num_splits)
     assert torch.equal(given_K.cpu(), best_token_ids(logits_KV.cpu()))
     assert given_K[1] == 0
+
+
+@pytest.mark.parametrize("num_splits", [0, -1])
+def test_a_number_of_splits_that_is_none_is_refused(device: torch.device, num_splits: int) -> None:
+    logits_KV = torch.randn(2, 100, device=device)
+    with pytest.raises(ConfigError, match=f"num_splits must be 1 or more, but is {num_splits}; leave it out"):
+        best_tokens(logits_KV, num_splits=num_splits)
 
 
 @MASKS

@@ -116,6 +116,8 @@ def test_what_cublaslt_does_not_take() -> None:
     assert library_takes(values, values, None, None, torch.float32)
     assert library_takes(values, values, bias_N, None, torch.bfloat16)
     assert not library_takes(values, values, bias_N, None, torch.float32)
+    assert not library_takes(values, values[:0], None, None, torch.bfloat16)
+    assert not library_takes(values[:0], values, None, None, torch.bfloat16)
     assert not library_takes(values, values[:30], None, None, torch.bfloat16)
     assert not library_takes(values[:, :24], values[:, :24], None, None, torch.bfloat16)
     assert not library_takes(values, values, None, torch.zeros(32, 40)[:, :32], torch.float32)

@@ -95,7 +95,7 @@ def experts() -> None:
             normalise=True,
             round_scores=True,
             num_sms=100,
-            num_tokens=rows(1, dtype=torch.int32),
+            positions_T=rows(num_tokens, dtype=torch.int64),
         )
 
 
