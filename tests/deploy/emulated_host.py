@@ -17,7 +17,7 @@ from pathlib import Path
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "curl")
 SHARED_MEMORY = "512m"
-_SSHD_SECONDS = 20.0
+_SSHD_SECONDS = 60.0
 
 _SSHD = """\
 Port 22
@@ -163,7 +163,7 @@ class EmulatedHost:
 
     def listening(self) -> list[str]:
         """Addresses that accept connections, as `ss` writes them."""
-        shown = self.run("ss", "-Hltn", seconds=20).stdout
+        shown = self.run("ss", "-Hltn", seconds=60).stdout
         return sorted(line.split()[3] for line in shown.splitlines())
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.prefix)
 PROFILE = f"export NANOSERVE_VENV={ENVIRONMENT}\n"  # an emulated machine does not install everything anew
 UP_SECONDS = 400.0
+MANY_GPUS = 1000  # no machine that tests run on has them
 DEMO = "deploy/models/demo.yaml"
 
 
@@ -50,13 +51,13 @@ def ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
 def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
     """A `nanoserve ray` command at the project's root on a machine of the cluster."""
     python = str(ENVIRONMENT / "bin" / "python")
-    return host.run(python, "-m", "cluster.cli", "ray", *command, directory=ROOT, seconds=120)
+    return host.run(python, "-m", "cluster.cli", "ray", *command, directory=ROOT, seconds=300)
 
 
 def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:
     """The decoded answer of the API on the machine's loopback."""
     url = f"http://127.0.0.1:{port}{path}"
     header = "Content-Type: application/json"
-    done = host.run("curl", "-sS", "-m", "60", url, "-H", header, "-d", json.dumps(body), seconds=70)
+    done = host.run("curl", "-sS", "-m", "120", url, "-H", header, "-d", json.dumps(body), seconds=130)
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout)

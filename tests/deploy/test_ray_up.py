@@ -1,5 +1,6 @@
 """A real `ray up` of ray_cluster.yaml on one machine: refused, launched, repeated, changed, ended. In this order."""
 
+import re
 import stat
 import threading
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
-from tests.deploy.launch import ROOT, edit_cluster_file, nanoserve_ray, post, ray
+from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve_ray, post, ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -39,11 +40,13 @@ def test_a_taken_port_is_said(host: EmulatedHost, file: Path) -> None:
     assert not named(host, "raylet")
 
 
-def test_a_model_for_gpus_is_refused_where_there_are_none(host: EmulatedHost, file: Path, tmp_path: Path) -> None:
-    wants = edit_cluster_file(tmp_path / "gpu.yaml", recipe=recipe(tmp_path / "gpu_recipe.yaml", device="cuda"))
+def test_a_model_for_more_gpus_than_there_are_is_refused(host: EmulatedHost, file: Path, tmp_path: Path) -> None:
+    gpus = recipe(tmp_path / "gpu_recipe.yaml", device="cuda", replicas=MANY_GPUS)
+    wants = edit_cluster_file(tmp_path / "gpu.yaml", recipe=gpus)
     done = ray(host, "up", "-y", str(wants))
     assert done.returncode != 0
-    assert "need 1 GPUs, all 1 of a replica on one node; 127.0.0.1 has 0" in done.stdout
+    refusal = rf"need {MANY_GPUS} GPUs, all 1 of a replica on one node; 127\.0\.0\.1 has \d+\."
+    assert re.search(refusal, done.stdout), done.stdout
     assert not named(host, "ServeReplica")
 
 
