@@ -9,6 +9,7 @@ from cluster import launch_check, ray_node
 from cluster.node_keeper import start_keeper
 from cluster.ray_node import RayNode
 from cluster.start_display import StartDisplay
+from cluster.state_directory import state_directory
 from engine import ConfigError
 
 EXIT_PROBLEMS = 2
@@ -48,7 +49,7 @@ def start(
     display.say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
     raylet = ray_node.running_node()
     if raylet is not None:
-        for line in start_keeper(ray_node.state_directory(), raylet):
+        for line in start_keeper(state_directory(), raylet):
             display.say(line)
 
 

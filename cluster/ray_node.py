@@ -24,6 +24,7 @@ from cluster.launch_file import LOCAL, LaunchFile, is_loopback
 from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes, start_apart
 from cluster.narrator import StartError
 from cluster.ray_environment import shared_environment
+from cluster.state_directory import state_directory
 from engine import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,18 +133,6 @@ def start(node: RayNode) -> bool:
 def stop() -> int:
     """End all that `start` started on this machine, and nothing else of Ray; how many processes there were."""
     return sum(end_marked(mark) for mark in {process.mark for process in marked_processes()})
-
-
-def state_directory() -> Path:
-    """HAProxy's files, and what Prometheus and Grafana keep. Short, since it holds sockets."""
-    directory = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / f"nanoserve-{os.getuid()}"
-    directory.parent.mkdir(mode=0o777, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # anybody may write where it lies
-        raise ConfigError(
-            f"{directory} is a link, or belongs to somebody else: remove it, or set RAY_TMPDIR to another folder."
-        )
-    return directory
 
 
 def _mark(node: RayNode, environment: Mapping[str, str]) -> str:

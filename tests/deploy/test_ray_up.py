@@ -1,5 +1,6 @@
 """A real `ray up` of ray_cluster.yaml on one machine: refused, launched, repeated, changed, ended. In this order."""
 
+import os
 import re
 import stat
 import threading
@@ -68,6 +69,16 @@ def test_it_serves(host: EmulatedHost, file: Path) -> None:
     assert answer["usage"]["completion_tokens"] == 8
     token = host.files / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_what_is_executed_lies_where_nobody_else_may_write(host: EmulatedHost) -> None:
+    state = f"/tmp/nanoserve-{os.getuid()}"
+    assert any(
+        f" {state}/unavailable.http" in line or f" {state}/haproxy.cfg" in line for line in host.processes().values()
+    )
+    assert host.run("stat", "-c", "%a %u", state, seconds=60).stdout.split() == ["700", str(os.getuid())]
+    assert (host.state / "haproxy").is_file(), "and it is the emulated machine's own"
+    assert host.run("ls", "-A", "/tmp/ray", seconds=60).stdout.count("nanoserve") == 0
 
 
 def test_nothing_listens_beyond_the_machine(host: EmulatedHost) -> None:
