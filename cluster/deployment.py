@@ -79,7 +79,7 @@ class Deployment:
                 raise report.error
             if report.doing and report.ready_at is None:
                 self._narrator.doing(report.doing)
-        num_ready = sum(report.ready_at is not None for report in reports)
+        num_ready = sum(report.ready_at is not None and not report.is_lost for report in reports)
         done, total = sum(report.done for report in reports), sum(report.total for report in reports)
         self._narrator.loading(done, total, num_ready, self._config.replicas)
         return num_ready

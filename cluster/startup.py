@@ -1,15 +1,18 @@
 """How far each replica's start has come, through Ray's own key-value store: no extra process, any node.
 
-A replica writes (`StartupReport`), `nanoserve serve` reads (`read_reports`). Serve itself only says "deploying".
+A replica writes (`StartupReport`), `nanoserve serve` and the ingresses read (`read_reports`). Serve itself only says
+"deploying". There are as many reports as replicas: one that leaves in order takes its own with it, and who begins
+removes those of replicas that came to another end, and counts them.
 """
 
 import pickle
 import time
 from dataclasses import replace
 
+import ray
 from ray.experimental import internal_kv
 
-from cluster.replica_start import ReplicaStart
+from cluster.replica_start import ReplicaStart, gone, num_lost
 from engine import MemoryUse
 
 _NAMESPACE = "nanoserve"
@@ -21,10 +24,14 @@ class StartupReport:
     """The writing side, in the replica's process."""
 
     def __init__(self, replica_id: str) -> None:
-        self._key = (_PREFIX + replica_id).encode()
-        self._state = ReplicaStart(begun_at=time.time())
+        self._key = _key(replica_id)
+        earlier = read_reports()
+        lost = gone(earlier, _living_replicas())
+        self._state = ReplicaStart(begun_at=time.time(), num_lost=num_lost(earlier.values()) + len(lost))
         self._last_write = 0.0
         self._write(self._state)
+        for gone_id in lost:  # now that their number is written
+            _remove(_key(gone_id))
 
     def progress(self, done: int, total: int) -> None:
         """Weights are being read; may be called often, from any thread."""
@@ -45,13 +52,22 @@ class StartupReport:
         """The replica serves, since `now` (Unix seconds)."""
         self._write(replace(self._state, ready_at=now, memory=memory))
 
+    def lost(self) -> None:
+        """The replica served, and cannot any more."""
+        if not self._state.is_lost:
+            self._write(replace(self._state, is_lost=True))
+
+    def withdraw(self) -> None:
+        """The replica leaves in order."""
+        _remove(self._key)
+
     def _write(self, state: ReplicaStart) -> None:
         self._state = state
         internal_kv._internal_kv_put(self._key, pickle.dumps(state), overwrite=True, namespace=_NAMESPACE)
 
 
 def read_reports() -> dict[str, ReplicaStart]:
-    """The state of every replica that was ever started on this cluster, by id."""
+    """The state of every replica that lives, and of those that have ended since the last one began, by id."""
     keys = internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE)
     reports = {}
     for key in keys:
@@ -64,4 +80,18 @@ def read_reports() -> dict[str, ReplicaStart]:
 def clear_reports() -> None:
     """Forget the replicas of earlier applications on this cluster."""
     for key in internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE):
-        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+        _remove(key)
+
+
+def _living_replicas() -> set[str]:
+    """The ids of Serve's replicas that have a process: Serve names these SERVE_REPLICA::application#deployment#id."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"].rpartition("#")[2] for actor in actors}
+
+
+def _key(replica_id: str) -> bytes:
+    return (_PREFIX + replica_id).encode()
+
+
+def _remove(key: bytes) -> None:
+    internal_kv._internal_kv_del(key, namespace=_NAMESPACE)

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from cluster.dispatcher import Dispatcher
 from cluster.recent_latencies import WINDOW_SECONDS, Percentiles, RecentLatencies
 from cluster.replica_report import Question, ReplicaReport
-from cluster.replica_start import ReplicaStart
+from cluster.replica_start import ReplicaStart, num_lost
 from cluster.status.cluster_view import (
     ClusterView,
     IngressView,
@@ -33,7 +33,7 @@ _LONGEST_DETAIL = 300
 class Deployment:
     """What this application is: its models' names, the replicas that were asked for, and who tells of their starts.
 
-    `read_starts` blocks; every replica that was ever started since the application was deployed is in what it returns.
+    `read_starts` blocks; see `cluster.startup.read_reports`.
     """
 
     models: tuple[str, ...]
@@ -81,7 +81,7 @@ class ClusterWatch:
             models=self._deployment.models,
             num_wanted=self._deployment.num_replicas,
             num_ready=sum(replica.state is ReplicaState.READY for replica in replicas),
-            num_restarts=max(0, len(starts) - self._deployment.num_replicas),
+            num_restarts=num_lost(starts.values()),
             total=load_of(list(reports.values())),
             replicas=replicas,
             ingress=self._ingress(),

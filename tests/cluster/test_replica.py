@@ -53,7 +53,14 @@ class Replicas:
         self.by_id = {replica.replica_id: replica for replica in replicas}
         self.policy = RoutingPolicy(prefix_affinity=False)
         self.events: list[ReplicaEvent] = []
-        self.dispatcher = Dispatcher(self.policy, self.by_id.__getitem__, INGRESS, on_replica=self.events.append)
+        self.gone: list[str] = []
+        self.dispatcher = Dispatcher(
+            self.policy,
+            self.by_id.__getitem__,
+            INGRESS,
+            on_replica=self.events.append,
+            on_gone=self.gone.append,
+        )
 
     async def start(self) -> None:
         for replica in self.by_id.values():
@@ -271,7 +278,13 @@ async def test_metrics_targets_name_every_process(two: Replicas) -> None:
     await anext(other)
     await until(lambda: len(two.dispatcher.metrics_targets) == 4)
     assert [target.process_id for target in two.dispatcher.metrics_targets] == ["i1", "i2", "a", "b"]
-    await other.aclose()
+    with two.dispatcher.open([request("r0", 400)]), two.dispatcher.open([request("r1", 400)]):
+        await until(lambda: all(replica.num_open for replica in two.by_id.values()))
+        two.dispatcher.set_replicas(frozenset({"b"}))
+        await other.aclose()  # of this "a" tells while it drains
+        await until(lambda: len(two.dispatcher.metrics_targets) == 2)
+        await until(lambda: not two.by_id["a"].num_open)
+    assert [target.process_id for target in two.dispatcher.metrics_targets] == ["i1", "b"], "nothing that left is kept"
 
 
 async def test_pauses_are_told(one: Replicas) -> None:
@@ -312,3 +325,4 @@ async def test_replicas_that_come_and_go_are_counted_once_each(two: Replicas) ->
     await until(lambda: not two.policy.replica_ids)
     two.dispatcher.set_replicas(frozenset())
     assert two.events[5:] == [lost], "one that was lost does not leave as well"
+    assert two.gone == ["a", "b"], "once Serve lists them no more, and not when they were lost"

@@ -79,7 +79,7 @@ class _Dispatcher:
 
 async def test_many_who_look_cost_what_one_does(monkeypatch: Any) -> None:
     def read_starts() -> dict[str, ReplicaStart]:
-        return {name: ReplicaStart(ready_at=1.0) for name in "abc"}
+        return {name: ReplicaStart(ready_at=1.0, num_lost=number) for number, name in enumerate("ab")}
 
     dispatcher = _Dispatcher()
     deployment = Deployment(models=("m",), num_replicas=2, read_starts=read_starts)
@@ -118,7 +118,7 @@ async def test_a_head_that_keeps_silent_holds_up_nobody_and_one_thread(monkeypat
     def read_starts() -> dict[str, ReplicaStart]:
         if next(num_reads) == 1:
             silence.wait(60)
-        return {name: ReplicaStart(ready_at=1.0) for name in "abc"}
+        return {name: ReplicaStart(ready_at=1.0, num_lost=number) for number, name in enumerate("ab")}
 
     deployment = Deployment(models=("m",), num_replicas=2, read_starts=read_starts)
     watch = ClusterWatch(deployment, _Dispatcher(), RecentLatencies())  # type: ignore[arg-type]
