@@ -22,6 +22,7 @@ from cluster.api_call import ApiCall, open_chat, open_completion
 from cluster.api_error import ApiError
 from cluster.call_metrics import CallMetrics
 from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
+from cluster.failure_log import FailureLog
 from cluster.metrics import CALL_ROUTES, IngressMetrics
 from cluster.metrics_discovery import target_groups
 from cluster.recent_latencies import RecentLatencies
@@ -57,6 +58,7 @@ class Ingress:
     ) -> None:
         deployment = deployment or Deployment(models=tuple(models))
         self.latencies = RecentLatencies()
+        self.failures = FailureLog()
         self.watch = ClusterWatch(deployment, dispatcher, self.latencies)
         self.step_picture = StepPicture(dispatcher, deployment.models[0])
         self.models = models
@@ -103,7 +105,7 @@ class CallResponse(Response):
         except Exception as error:
             answer = ApiError.of(error)
             if answer.status >= 500:
-                logger.warning("Call %s failed: %r", self._call.response_id, error)
+                self._ingress.failures.failed(self._call.response_id, error)
                 self._metrics.failed()
             if self._has_begun:
                 await self._write(send, answer.frame(), is_last=True)

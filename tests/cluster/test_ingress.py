@@ -290,3 +290,13 @@ async def test_a_bug_is_a_500_without_its_cause(served: Pair, caplog: pytest.Log
     assert response.status_code == 500
     assert "division" not in response.text
     assert "division" in caplog.text
+
+
+async def test_calls_that_no_replica_takes_have_one_line_together(
+    served: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, client = served
+    made.dispatcher.set_replicas(frozenset())
+    answers = [await client.post("/v1/completions", json=completion()) for _ in range(20)]
+    assert {answer.status_code for answer in answers} == {503}
+    assert caplog.text.count("No replica of the model is ready") == 1
