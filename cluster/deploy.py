@@ -7,6 +7,7 @@ update. `ray_cluster.yaml` runs it on the head; it waits for the workers that th
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +114,7 @@ def _deploy(config: ServingConfig, num_nodes: int, wait_seconds: float, narrator
     deployment.start(application)
     deployment.wait_until_ready()
     if running is not None:
-        _wait_for_update(lambda: serve.status().applications[app.APPLICATION])
+        _wait_for_update(lambda: serve.status().applications.get(app.APPLICATION))
     replace(new, is_ready=True).write()
     return True
 
@@ -143,10 +144,20 @@ def _wait_for_nodes(nodes: Any, wanted: int, wait_seconds: float, narrator: Narr
         time.sleep(_POLL_SECONDS)
 
 
-def _wait_for_update(find: Any) -> None:
-    """Return when no replica of the earlier deployment serves any more."""
+def _wait_for_update(find: Callable[[], Any]) -> None:
+    """Return when no replica of the earlier deployment serves any more; `find` asks Serve for the application."""
+    from cluster.deployment import what_serve_says
+
     deadline = time.monotonic() + UPDATE_SECONDS
-    while (status := find().status.value) != "RUNNING":
+    while True:
+        application = find()
+        if application is None:
+            raise StartError("The application was taken from the cluster while its replicas were replaced.")
+        status = application.status.value
+        if status == "RUNNING":
+            return
+        if status == "DEPLOY_FAILED":  # Serve has given up, and will not try again
+            raise StartError(f"The earlier replicas could not all be replaced: {what_serve_says(application)}")
         if time.monotonic() > deadline:
             raise StartError(f"The new replicas serve, but after {UPDATE_SECONDS:.0f} s the application is {status}.")
         time.sleep(_POLL_SECONDS)

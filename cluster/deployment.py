@@ -97,6 +97,11 @@ class Deployment:
 def _failure(application: Any) -> str | None:
     if application is None or application.status.value not in {"DEPLOY_FAILED", "UNHEALTHY"}:
         return None
+    return what_serve_says(application)
+
+
+def what_serve_says(application: Any) -> str:
+    """Of an application that is not well: what went wrong with its deployments, or with all of it."""
     return _messages(application) or application.message or f"The application is {application.status.value}."
 
 

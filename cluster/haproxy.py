@@ -16,12 +16,19 @@ import sys
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
+_PYTHON = (sys.executable, "-I", "-S")
 _PR_SET_PDEATHSIG = 1
 
 
 def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path:
-    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH, on a node with this `address` in its cluster."""
+    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH, on a node with this `address` in its cluster.
+
+    `binary` may be one that was written before: where that variable is set already, in an image or below a server,
+    Serve's package names it as HAProxy. Raises `ConfigError` for one that leads to no program.
+    """
     from cluster.api_error import ApiError
+
+    binary = _program(binary)
 
     error = ApiError.unavailable("No process is there to take the request. Please try again.", 2.0)
     lines = [
@@ -34,10 +41,39 @@ def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path
     answer.write_bytes("\r\n".join([*lines, "", ""]).encode() + error.body())
     script = directory / "haproxy"
     program = str(Path(__file__).resolve())
-    command = shlex.join([sys.executable, "-I", "-S", program, str(answer), address, binary])
+    command = shlex.join([*_PYTHON, program, str(answer), address, binary])
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
+
+
+def _program(binary: str) -> str:
+    """The program itself, behind any number of wrappers. One around itself would start itself for ever."""
+    from engine import ConfigError
+
+    seen = [binary]
+    while (behind := _wrapped(Path(seen[-1]))) is not None:
+        if behind in seen:
+            raise ConfigError(
+                f"{seen[-1]} is to become HAProxy, but only starts {behind} again: unset "
+                "RAY_SERVE_HAPROXY_BINARY_PATH, and remove that file."
+            )
+        seen.append(behind)
+    return seen[-1]
+
+
+def _wrapped(executable: Path) -> str | None:
+    """What a wrapper of ours becomes; None for a program."""
+    try:
+        with executable.open("rb") as file:
+            interpreter, _, command = file.read(4096).partition(b"\n")
+    except OSError:
+        return None  # Serve says so better, when it starts it
+    if interpreter != b"#!/bin/sh" or not command.startswith(b"exec "):
+        return None
+    words = shlex.split(command.decode(errors="replace"))
+    ours = [*_PYTHON[1:], Path(__file__).name]
+    return words[-2] if [*words[2:4], Path(words[4]).name] == ours and len(words) == 9 else None
 
 
 def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:
