@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cluster.auth_token import make_token, require_token
 from cluster.autoscaler_log import RESTARTED, autoscaler_log
+from cluster.fixed_port import RAY_DASHBOARD, RAY_HEAD
 from cluster.launch_file import LOCAL, LaunchFile, is_loopback
 from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes, start_apart
 from cluster.narrator import StartError
@@ -29,7 +30,6 @@ from engine import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
-DASHBOARD_PORT = 8265
 HEAD_MARK = "head-"
 _OBJECT_STORE_BYTES = 200 << 20  # nothing of ours travels through Ray's object store
 
@@ -71,7 +71,9 @@ class RayNode:
         """A worker: at `address`, else at the one of its addresses from which the way to the head begins."""
         host, _, port = head.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigError(f"--address {head!r}: write the head's host and port, such as 10.0.0.1:6379.")
+            raise ConfigError(
+                f"--address {head!r}: write the head's host and port, such as 10.0.0.1:{RAY_HEAD.number}."
+            )
         host = _resolve(host)
         return cls(head=f"{host}:{port}", is_head=False, address=address or _route(host), arguments=arguments)
 
@@ -175,7 +177,7 @@ def _check_port(node: RayNode) -> None:
     if node.is_head:
         _check_free(host, int(port), "--port")
         if not any(word.startswith(("--dashboard-", "--include-dashboard")) for word in node.arguments):
-            _check_free("127.0.0.1", DASHBOARD_PORT, "--dashboard-port")
+            _check_free("127.0.0.1", RAY_DASHBOARD.number, "--dashboard-port")
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
