@@ -17,11 +17,13 @@ import typer
 from cluster.autoscaler_log import autoscaler_log, complaints, current_part, has_given_up
 from cluster.config import ServingConfig
 from cluster.launch_file import LaunchFile
+from cluster.monitoring import point_prometheus_at
 from cluster.narrator import Narrator, StartError
 from cluster.ray_environment import serving_environment
 from cluster.ray_node import ROOT, cluster_variables, head_address, running_node
 from cluster.serving import check_cluster, check_port, local_url
 from cluster.start_display import StartDisplay
+from cluster.state_directory import state_directory
 from cluster.tokenizer import Tokenizer
 from engine import ConfigError, DeviceKind, check_checkpoint
 
@@ -45,19 +47,22 @@ def deploy(
     check_checkpoint(config.engine_config(DeviceKind.CUDA if config.device == "cuda" else DeviceKind.CPU))
     Tokenizer.load(config.model)
     num_nodes = 1 if cluster_file is None else 1 + LaunchFile.load(cluster_file).min_workers
-    _connect(address)
+    is_here = _connect(address)
     try:
         if _deploy(config, num_nodes, wait_seconds, display):
             display.ready(config, local_url(config.host, config.port))
         else:
             display.say(f"{config.names[0]} is served already, with this recipe and this code: nothing to do.")
+        if is_here:
+            point_prometheus_at(local_url(config.host, config.port), state_directory(), ROOT)
     finally:
         display.stop()
         _disconnect()
 
 
-def _connect(address: str | None) -> None:
-    node = running_node()
+def _connect(address: str | None) -> bool:
+    """Join the cluster; whether it is the one that `nanoserve ray start` started here."""
+    node = running_node() if address is None else None
     if address is not None:
         environment = serving_environment()
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray decides by what files there are
@@ -77,6 +82,7 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, namespace="nanoserve", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"The Ray cluster at {address} cannot be joined: {error}") from None
+    return node is not None
 
 
 def _disconnect() -> None:

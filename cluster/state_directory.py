@@ -14,12 +14,17 @@ from engine import ConfigError
 _ELSEWHERE = "or set RAY_TMPDIR to a folder of your own."
 
 
+def ray_directory() -> Path:
+    """Where Ray keeps its sessions, and the list of what Prometheus is to read of it."""
+    return _place() / "ray"
+
+
 def state_directory() -> Path:
     """`/tmp/nanoserve-UID` (`RAY_TMPDIR` in place of /tmp), made unless it is there. Short, since it holds sockets.
 
     Raises `ConfigError` for one that is not this user's alone.
     """
-    directory = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"nanoserve-{os.getuid()}"
+    directory = _place() / f"nanoserve-{os.getuid()}"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
@@ -35,3 +40,7 @@ def state_directory() -> Path:
             f"there: remove it, {_ELSEWHERE}"
         )
     return directory
+
+
+def _place() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")

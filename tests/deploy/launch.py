@@ -61,3 +61,14 @@ def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:
     done = host.run("curl", "-sS", "-m", "120", url, "-H", header, "-d", json.dumps(body), seconds=130)
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout)
+
+
+def scraped(host: EmulatedHost) -> set[str]:
+    """The kinds of our processes that the Prometheus of `ray up` there reads now; empty while it starts."""
+    done = host.run("curl", "-sS", "-m", "60", "http://127.0.0.1:9090/api/v1/targets?state=active", seconds=70)
+    if done.returncode:
+        return set()
+    found = [
+        target["labels"] for target in json.loads(done.stdout)["data"]["activeTargets"] if target["health"] == "up"
+    ]
+    return {labels["nanoserve_process"] for labels in found if labels["job"] == "nanoserve"}

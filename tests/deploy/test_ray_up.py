@@ -2,15 +2,18 @@
 
 import os
 import re
+import shutil
+import signal
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.serve_command import until
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
-from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve_ray, post, ray
+from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve_ray, post, ray, scraped
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -112,6 +115,16 @@ def test_repeated_it_changes_nothing_and_requests_go_on(host: EmulatedHost, file
     # Ray ends workers that idle when it likes.
     of_the_cluster = {pid for pid, line in before.items() if "ray" in line and "ssh" not in line and "IDLE" not in line}
     assert of_the_cluster <= host.processes().keys()
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus (Debian: apt install prometheus)")
+def test_prometheus_follows_the_cluster_and_is_started_again(host: EmulatedHost) -> None:
+    kinds = {"ingress", "replica", "haproxy"}
+    until(lambda: scraped(host) == kinds, 120, "Prometheus to follow the cluster")
+    (crashed,) = named(host, "prometheus")
+    os.kill(crashed, signal.SIGKILL)
+    until(lambda: named(host, "prometheus") - {crashed} and scraped(host) == kinds, 120, "another one to follow it")
+    assert "Prometheus ended with status -9; trying again in 1 s." in (host.state / "prometheus.log").read_text()
 
 
 def test_another_recipe_replaces_the_replicas_alone(host: EmulatedHost, tmp_path: Path) -> None:
