@@ -61,7 +61,7 @@ def test_one_that_was_written_before_is_not_wrapped_again(tmp_path: Path) -> Non
     once = wrapper.read_text()
     assert write_wrapper(tmp_path, str(wrapper)).read_text() == once
     other = write_wrapper(elsewhere, str(wrapper), "10.0.0.7")
-    command = [other, "-f", str(file)]
+    command = [str(other), "-f", str(file)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert outcome.stdout == f"-f {file}\n"
     assert str(wrapper) not in other.read_text()
