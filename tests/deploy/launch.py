@@ -64,8 +64,8 @@ def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:
 
 
 def scraped(host: EmulatedHost) -> set[str]:
-    """The kinds of our processes that the Prometheus of `ray up` there reads now; empty while it starts."""
-    done = host.run("curl", "-sS", "-m", "60", "http://127.0.0.1:9090/api/v1/targets?state=active", seconds=70)
+    """The kinds of our processes that the Prometheus of `ray up` there reads now; none while it starts."""
+    done = host.run("curl", "-sSf", "-m", "60", "http://127.0.0.1:9090/api/v1/targets?state=active", seconds=70)
     if done.returncode:
         return set()
     found = [
