@@ -53,6 +53,10 @@ class Live:
         found = self.client.instant(expression)
         return found[0].points[0][1] if found else None
 
+    def routed(self) -> set[str]:
+        """The replicas that ingresses say they have sent requests to."""
+        return {one.labels["replica"] for one in self.client.instant("nanoserve_routing_decisions_total")}
+
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
@@ -169,7 +173,7 @@ def test_every_dashboard_is_drawn_without_an_empty_panel(loaded: Live, name: str
 
 def test_a_replica_that_dies_is_replaced_on_the_lists_too(loaded: Live) -> None:
     """After the others, which want the replicas as they were."""
-    before = set(loaded.server.targets("replica"))
+    before, routed_before = set(loaded.server.targets("replica")), loaded.routed()
     lost = 'sum(nanoserve_replica_events_total{event="lost"})'
     assert loaded.value(lost) == 0
     os.kill(loaded.head.processes("ray::ServeReplica:nanoserve:Replica")[0], signal.SIGKILL)
@@ -185,6 +189,8 @@ def test_a_replica_that_dies_is_replaced_on_the_lists_too(loaded: Live) -> None:
     until(
         lambda: loaded.value('count(up{job="nanoserve"} == 0)') is None, 60, "the dead one to be no target that is down"
     )
+    until(lambda: len(loaded.routed()) == len(routed_before & loaded.routed()) + 1 == 2, 90, "its series to end")
+    assert loaded.server.client.get("/cluster").json()["num_restarts"] == 1
 
 
 def test_an_application_that_is_deployed_anew_and_smaller_is_followed(loaded: Live) -> None:
