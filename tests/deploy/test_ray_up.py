@@ -15,7 +15,7 @@ from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
 from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve_ray, post, ray, scraped
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 PROMPT = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
 
@@ -151,7 +151,7 @@ def test_ray_down_leaves_nothing_running(host: EmulatedHost, file: Path) -> None
     assert len(host.processes()) > 10
     done = ray(host, "down", "-y", str(file))
     assert done.returncode == 0, done.stdout
-    host.wait_until_idle(120)
+    host.wait_until_idle(300)
 
 
 def named(host: EmulatedHost, part: str) -> set[int]:

@@ -10,7 +10,7 @@ from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost
 from tests.deploy.launch import ROOT, edit_cluster_file, post, ray, scraped
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 PORT = 8001  # Prometheus has to be told of another than 8000
@@ -51,7 +51,7 @@ def test_two_machines(hosts: tuple[EmulatedHost, EmulatedHost], tmp_path: Path) 
     down = ray(head, "down", "-y", str(file))
     assert down.returncode == 0, down.stdout
     for host in hosts:
-        host.wait_until_idle(120)
+        host.wait_until_idle(300)
 
 
 def processes(host: EmulatedHost, name: str) -> set[int]:
