@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-_PYTHON = (sys.executable, "-I", "-S")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,7 +28,6 @@ def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path
     from cluster.api_error import ApiError
 
     binary = _program(binary)
-
     error = ApiError.unavailable("No process is there to take the request. Please try again.", 2.0)
     lines = [
         "HTTP/1.1 503 Service Unavailable",
@@ -41,7 +39,7 @@ def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path
     answer.write_bytes("\r\n".join([*lines, "", ""]).encode() + error.body())
     script = directory / "haproxy"
     program = str(Path(__file__).resolve())
-    command = shlex.join([*_PYTHON, program, str(answer), address, binary])
+    command = shlex.join([sys.executable, "-I", "-S", program, str(answer), address, binary])
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
@@ -71,9 +69,11 @@ def _wrapped(executable: Path) -> str | None:
         return None  # Serve says so better, when it starts it
     if interpreter != b"#!/bin/sh" or not command.startswith(b"exec "):
         return None
-    words = shlex.split(command.decode(errors="replace"))
-    ours = [*_PYTHON[1:], Path(__file__).name]
-    return words[-2] if [*words[2:4], Path(words[4]).name] == ours and len(words) == 9 else None
+    match shlex.split(command.decode(errors="replace")):
+        case ["exec", _, "-I", "-S", program, _, _, binary, "$@"] if Path(program).name == Path(__file__).name:
+            return binary
+        case _:
+            return None  # somebody else's, who knows why
 
 
 def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:

@@ -68,6 +68,13 @@ def test_one_that_was_written_before_is_not_wrapped_again(tmp_path: Path) -> Non
     assert "bind 10.0.0.7:9101" in file.read_text(), "and not where the one before had it"
 
 
+def test_somebody_elses_script_is_a_program(tmp_path: Path) -> None:
+    script = tmp_path / "tuned"
+    for text in ("#!/bin/sh\nexec /usr/sbin/haproxy\n", '#!/bin/sh\nexec nice -n 5 /usr/sbin/haproxy -L "x" "$@"\n'):
+        script.write_text(text)
+        assert str(script) in write_wrapper(tmp_path, str(script)).read_text()
+
+
 def test_one_that_would_only_start_itself_is_refused(tmp_path: Path) -> None:
     wrapper = write_wrapper(tmp_path, "/bin/echo")
     wrapper.write_text(wrapper.read_text().replace("/bin/echo", str(wrapper)))
