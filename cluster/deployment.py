@@ -50,7 +50,7 @@ class Deployment:
         silent_until = time.monotonic() + SILENCE_SECONDS
         obstacle = ""
         while True:
-            by_replica = startup.read_reports()
+            by_replica = startup.read_reports().by_replica
             num_ready = self._tell(by_replica.values())
             if num_ready >= self._config.replicas:
                 ready_since = ready_since or time.monotonic()

@@ -69,7 +69,11 @@ def _wrapped(executable: Path) -> str | None:
         return None  # Serve says so better, when it starts it
     if interpreter != b"#!/bin/sh" or not command.startswith(b"exec "):
         return None
-    match shlex.split(command.decode(errors="replace")):
+    try:
+        words = shlex.split(command.decode(errors="replace"))
+    except ValueError:  # a quote that is not closed: more than ours, which is one line
+        return None
+    match words:
         case ["exec", _, "-I", "-S", program, _, _, binary, "$@"] if Path(program).name == Path(__file__).name:
             return binary
         case _:

@@ -8,15 +8,17 @@ removes those of replicas that came to another end, and counts them.
 import pickle
 import time
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray.experimental import internal_kv
 
-from cluster.replica_start import ReplicaStart, gone, num_lost
+from cluster.replica_start import ReplicaStart, ReplicaStarts
 from engine import MemoryUse
 
 _NAMESPACE = "nanoserve"
 _PREFIX = "startup/"
+_NUM_LOST = b"replicas lost"
 _MIN_SECONDS = 0.1
 
 
@@ -25,13 +27,15 @@ class StartupReport:
 
     def __init__(self, replica_id: str) -> None:
         self._key = _key(replica_id)
-        earlier = read_reports()
-        lost = gone(earlier, _living_replicas())
-        self._state = ReplicaStart(begun_at=time.time(), num_lost=num_lost(earlier.values()) + len(lost))
+        self._state = ReplicaStart(begun_at=time.time())
         self._last_write = 0.0
-        self._write(self._state)
-        for gone_id in lost:  # now that their number is written
+        earlier = read_reports()
+        lost = earlier.gone(_living_replicas())
+        if lost:
+            _put(_NUM_LOST, earlier.num_lost + len(lost))
+        for gone_id in lost:  # now that they are counted: who begins at the same time counts the same ones
             _remove(_key(gone_id))
+        self._write(self._state)
 
     def progress(self, done: int, total: int) -> None:
         """Weights are being read; may be called often, from any thread."""
@@ -63,24 +67,22 @@ class StartupReport:
 
     def _write(self, state: ReplicaStart) -> None:
         self._state = state
-        internal_kv._internal_kv_put(self._key, pickle.dumps(state), overwrite=True, namespace=_NAMESPACE)
+        _put(self._key, state)
 
 
-def read_reports() -> dict[str, ReplicaStart]:
-    """The state of every replica that lives, and of those that have ended since the last one began, by id."""
+def read_reports() -> ReplicaStarts:
+    """The state of every replica that lives, and of those that have ended since the last one began."""
     keys = internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE)
-    reports = {}
-    for key in keys:
-        value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
-        if value is not None:
-            reports[key.decode().removeprefix(_PREFIX)] = pickle.loads(value)
-    return reports
+    states = {key.decode().removeprefix(_PREFIX): _get(key) for key in keys}
+    known = {replica_id: state for replica_id, state in states.items() if state is not None}
+    return ReplicaStarts(by_replica=known, num_lost=_get(_NUM_LOST) or 0)
 
 
 def clear_reports() -> None:
     """Forget the replicas of earlier applications on this cluster."""
     for key in internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE):
         _remove(key)
+    _remove(_NUM_LOST)
 
 
 def _living_replicas() -> set[str]:
@@ -91,6 +93,15 @@ def _living_replicas() -> set[str]:
 
 def _key(replica_id: str) -> bytes:
     return (_PREFIX + replica_id).encode()
+
+
+def _put(key: bytes, value: object) -> None:
+    internal_kv._internal_kv_put(key, pickle.dumps(value), overwrite=True, namespace=_NAMESPACE)
+
+
+def _get(key: bytes) -> Any:
+    value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    return None if value is None else pickle.loads(value)
 
 
 def _remove(key: bytes) -> None:

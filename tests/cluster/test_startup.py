@@ -3,7 +3,6 @@
 import pytest
 
 from cluster import startup
-from cluster.replica_start import num_lost
 from cluster.startup import StartupReport, clear_reports, read_reports
 
 
@@ -43,42 +42,59 @@ def begun(living: set[str], replica_id: str) -> StartupReport:
 
 
 def restarts() -> int:
-    return num_lost(read_reports().values())
+    return read_reports().num_lost
+
+
+def known() -> set[str]:
+    return set(read_reports().by_replica)
 
 
 def test_scaling_up_and_down_is_no_restart_and_leaves_nothing(living: set[str]) -> None:
     reports = {name: begun(living, name) for name in "abc"}
-    assert (set(read_reports()), restarts()) == ({"a", "b", "c"}, 0)
+    assert (known(), restarts()) == ({"a", "b", "c"}, 0)
     reports["b"].withdraw()
     living.remove("b")
     begun(living, "d")
-    assert (set(read_reports()), restarts()) == ({"a", "c", "d"}, 0)
+    assert (known(), restarts()) == ({"a", "c", "d"}, 0)
 
 
 def test_a_replica_that_died_is_counted_by_the_next_one_and_forgotten(living: set[str]) -> None:
     for number in range(20):
         begun(living, f"r{number}")
-        assert (set(read_reports()), restarts()) == ({f"r{number}"}, number)
+        assert (known(), restarts()) == ({f"r{number}"}, number)
         living.remove(f"r{number}")
 
 
 def test_one_that_lost_its_engine_is_counted_while_its_process_ends(living: set[str]) -> None:
     kept, broken = begun(living, "kept"), begun(living, "broken")
     broken.lost()
-    assert read_reports()["broken"].is_lost
+    assert read_reports().by_replica["broken"].is_lost
     begun(living, "next")
-    assert (set(read_reports()), restarts()) == ({"kept", "next"}, 1)
+    assert (known(), restarts()) == ({"kept", "next"}, 1)
+    begun(living, "last").withdraw()
     kept.withdraw()
-    assert restarts() == 1
+    assert (known(), restarts()) == ({"next"}, 1)
+
+
+def test_the_count_outlives_those_who_counted(living: set[str]) -> None:
+    first = begun(living, "first")
+    begun(living, "dies")
+    living.remove("dies")
+    begun(living, "next").withdraw()
+    living.remove("next")
+    assert (known(), restarts()) == ({"first"}, 1)
+    first.lost()
+    begun(living, "another")
+    assert (known(), restarts()) == ({"another"}, 2)
 
 
 def test_a_start_that_failed_stays_to_be_read_until_the_next(living: set[str]) -> None:
     living.add("a")
     StartupReport("a").failed(ValueError("no room"))
     living.remove("a")
-    assert str(read_reports()["a"].error) == "no room"
+    assert str(read_reports().by_replica["a"].error) == "no room"
     begun(living, "b")
-    assert (set(read_reports()), restarts()) == ({"b"}, 1)
+    assert (known(), restarts()) == ({"b"}, 1)
 
 
 def test_a_deployment_begins_at_nothing(living: set[str]) -> None:
@@ -86,4 +102,4 @@ def test_a_deployment_begins_at_nothing(living: set[str]) -> None:
     living.clear()
     begun(living, "b")
     clear_reports()
-    assert (read_reports(), restarts()) == ({}, 0)
+    assert (known(), restarts()) == (set(), 0)
