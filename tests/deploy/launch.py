@@ -48,10 +48,15 @@ def ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
-    """A `nanoserve ray` command at the project's root on a machine of the cluster."""
+def nanoserve(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
+    """A `nanoserve` command at the project's root on a machine of the cluster."""
     python = str(ENVIRONMENT / "bin" / "python")
-    return host.run(python, "-m", "cluster.cli", "ray", *command, directory=ROOT, seconds=300)
+    return host.run(python, "-m", "cluster.cli", *command, directory=ROOT, seconds=300)
+
+
+def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
+    """A `nanoserve ray` command there."""
+    return nanoserve(host, "ray", *command)
 
 
 def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:

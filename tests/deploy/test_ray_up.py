@@ -1,5 +1,6 @@
 """A real `ray up` of ray_cluster.yaml on one machine: refused, launched, repeated, changed, ended. In this order."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from tests.cluster.serve_command import until
 from tests.deploy.conftest import MakeHost
 from tests.deploy.emulated_host import EmulatedHost, held_port
-from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve_ray, post, ray, scraped
+from tests.deploy.launch import MANY_GPUS, ROOT, edit_cluster_file, nanoserve, nanoserve_ray, post, ray, scraped
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -115,6 +116,20 @@ def test_repeated_it_changes_nothing_and_requests_go_on(host: EmulatedHost, file
     # Ray ends workers that idle when it likes.
     of_the_cluster = {pid for pid, line in before.items() if "ray" in line and "ssh" not in line and "IDLE" not in line}
     assert of_the_cluster <= host.processes().keys()
+
+
+def test_the_doctor_joins_the_cluster_of_the_machine(host: EmulatedHost) -> None:
+    """From a shell that knows nothing of it, though every caller must show the token."""
+    done = nanoserve(host, "doctor", "--json")
+    findings = json.loads(done.stdout[done.stdout.index("{") :])["findings"]
+    assert [finding for finding in findings if finding["level"] == "error"] == []
+    ray_cluster = [(each["level"], each["where"], each["found"]) for each in findings if each["check"] == "ray cluster"]
+    assert len(ray_cluster) == 1, ray_cluster
+    level, where, found = ray_cluster[0]
+    assert (level, where) == ("ok", "127.0.0.1:6379") and found.startswith("1 node with ")
+    ports = [finding["found"] for finding in findings if finding["check"] == "ports"]
+    assert any("Ray's head (`ray up`) runs there" in found for found in ports), ports
+    assert any("HAProxy's metrics (`ray up`) runs there" in found for found in ports), ports
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus (Debian: apt install prometheus)")
