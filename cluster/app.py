@@ -17,6 +17,7 @@ from cluster import ingress_process, replica
 from cluster.config import ServingConfig
 from cluster.ingress_process import IngressProcess
 from cluster.placement import STRATEGY, NodeResources, Placement, plan_placement
+from cluster.process_log import serve_logging
 from cluster.replica import Replica
 from engine import ConfigError, DeviceKind, EngineConfig
 
@@ -70,6 +71,7 @@ def _bind(config: ServingConfig, engine_config: EngineConfig, device: DeviceKind
         "health_check_period_s": HEALTH_PERIOD_SECONDS,
         "health_check_timeout_s": HEALTH_TIMEOUT_SECONDS,
         "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
+        "logging_config": serve_logging(config.logs),
     }
     replicas = _deployment(Replica, replica.DEPLOYMENT).options(
         num_replicas=config.replicas,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from cluster.api_call import ApiCall
 from cluster.metrics import IngressMetrics
@@ -63,6 +64,22 @@ class CallMetrics:
     def failed(self) -> None:
         """The server gave up on the call; that its client left, or asked for what cannot be, is not this."""
         self._metrics.failed(has_begun=self._first is not None)
+
+    def facts(self) -> dict[str, Any]:
+        """What a log or a trace says of the call, as it stands now."""
+        usage = self._call.reply.usage()
+        facts: dict[str, Any] = {
+            "model": self._call.model.names[0],
+            "response_id": self._call.response_id,
+            "stream": self._call.stream,
+            "prompt_tokens": usage.num_prompt_tokens,
+            "cached_tokens": usage.num_cached_tokens,
+            "completion_tokens": usage.num_completion_tokens,
+            "finish_reasons": self._reasons,
+        }
+        if self._first is not None:
+            facts["first_token_seconds"] = round(self._first - self._started, 6)
+        return facts
 
     def close(self) -> None:
         """The call is over, well or not. Idempotent."""

@@ -18,6 +18,7 @@ from cluster.ray_commands import app as ray_app
 from cluster.start_display import StartDisplay
 from cluster.status.status_command import status
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import check_tracing
 from engine import ConfigError, DeviceKind, NanoserveError, check_checkpoint, check_cpu, check_host_memory
 from engine.cli import app as engine_app
 from engine.cli import bench
@@ -42,6 +43,8 @@ app.command("doctor")(doctor)
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+# Options whose keys in a recipe lie in a section.
+_KEYS = {"log_format": "logs.format", "otlp_traces_endpoint": "tracing.endpoint"}
 
 
 @app.callback()
@@ -92,12 +95,16 @@ def serve(
     compile: Annotated[
         str | None, typer.Option(help="Compile kernels for a CPU at the first start: auto (default), always or never.")
     ] = None,
+    log_format: Annotated[str | None, typer.Option(help="Of the cluster's processes: text (default) or json.")] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Send traces to this OpenTelemetry collector, for example http://127.0.0.1:4318.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster to join (default: RAY_ADDRESS, else start one).")
     ] = None,
 ) -> None:
     """Serve a model over OpenAI's API until interrupted."""
-    overrides = {key: value for key, value in locals().items() if key not in {"model", "address"}}
+    overrides = {_KEYS.get(key, key): value for key, value in locals().items() if key not in {"model", "address"}}
     display = StartDisplay()
     try:
         config = ServingConfig.load(model, overrides)
@@ -112,6 +119,7 @@ def _check(config: ServingConfig, address: str | None) -> None:
     """Refuse what cannot work before anything is started. Memory is checked where the ranks will surely be here."""
     engine_config = config.engine_config(DeviceKind.CUDA if config.device == "cuda" else DeviceKind.CPU)
     check_checkpoint(engine_config)
+    check_tracing(config.tracing)
     Tokenizer.load(config.model)
     has_gpu = config.device == "auto" and shutil.which("nvidia-smi") is not None
     if config.device == "cpu" or (address is None and not has_gpu):

@@ -8,8 +8,10 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -54,6 +56,41 @@ class ObjectivesConfig(BaseModel):
     time_per_output_token: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
 
 
+class LogFormat(StrEnum):
+    """How processes write a line of their log."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogsConfig(BaseModel):
+    """What ingress, replicas and ranks log, and how. Prompts are logged only where they are asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: LogFormat = LogFormat.TEXT
+    prompts: bool = False
+
+
+def parse_endpoint(value: object) -> object:
+    """The URL of a collector of OpenTelemetry, with OTLP's own path unless it has one; raises `ValueError`."""
+    if not isinstance(value, str):
+        return value
+    url = urlsplit(value)
+    if url.scheme not in {"http", "https"} or not url.hostname:
+        raise ValueError(f"{value!r} is not the URL of a collector; write for example http://127.0.0.1:4318")
+    return value if url.path.strip("/") else f"{value.rstrip('/')}/v1/traces"
+
+
+class TracingConfig(BaseModel):
+    """Where spans are sent, as OTLP over HTTP, and of how many calls; a caller that traces has decided for its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: Annotated[str, BeforeValidator(parse_endpoint)] | None = None
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
 class ServingConfig(BaseModel):
     """A served model. A recipe has exactly these keys; relative model paths start at the recipe's directory."""
 
@@ -91,13 +128,18 @@ class ServingConfig(BaseModel):
     max_body: ByteSize = 10_000_000
     routing: RoutingConfig = RoutingConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()  # for metrics and alerts: goodput, answers within objectives
+    logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @classmethod
     def load(cls, source: Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read a recipe or take a model directory; `overrides` that are not None win. Raises `ConfigError`."""
+        """Read a recipe or take a model directory; `overrides` that are not None win. Raises `ConfigError`.
+
+        An override `logs.format` is the key `format` of the section `logs`.
+        """
         given = {key: value for key, value in (overrides or {}).items() if value is not None}
         if source.is_dir():
-            return cls.parse({"model": source.resolve()} | given, where=str(source))
+            return cls.parse(_merged({"model": source.resolve()}, given), where=str(source))
         if source.suffix not in {".yaml", ".yml"}:
             raise ConfigError(f"{source} is neither a model directory nor a recipe (a .yaml file).")
         try:
@@ -110,7 +152,7 @@ class ServingConfig(BaseModel):
             raise ConfigError(f"{source} must be a mapping of keys such as `model: path/to/model`.")
         if isinstance(recipe.get("model"), str):
             recipe["model"] = (source.resolve().parent / Path(recipe["model"]).expanduser()).resolve()
-        return cls.parse(recipe | given, where=str(source))
+        return cls.parse(_merged(recipe, given), where=str(source))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -159,13 +201,29 @@ class ServingConfig(BaseModel):
         )
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"routing": RoutingConfig, "objectives": ObjectivesConfig}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "routing": RoutingConfig,
+    "objectives": ObjectivesConfig,
+    "logs": LogsConfig,
+    "tracing": TracingConfig,
+}
 
 
 def ray_address(flag: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
     """The running cluster to join: the flag, else RAY_ADDRESS; None, also for "local", means one of our own."""
     address = flag or environment.get(RAY_ADDRESS_VARIABLE) or None
     return None if address == "local" else address
+
+
+def _merged(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(recipe)
+    for name, value in overrides.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            merged[name] = value
+        elif isinstance(merged.setdefault(section, {}), dict):  # else it is refused for what it is
+            merged[section] = merged[section] | {key: value}
+    return merged
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -25,6 +25,7 @@ from cluster.serving import check_cluster, check_port, local_url
 from cluster.start_display import StartDisplay
 from cluster.state_directory import state_directory
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import check_tracing
 from engine import ConfigError, DeviceKind, check_checkpoint
 
 UPDATE_SECONDS = 600.0
@@ -45,6 +46,7 @@ def deploy(
     display = StartDisplay()
     config = ServingConfig.load(recipe)
     check_checkpoint(config.engine_config(DeviceKind.CUDA if config.device == "cuda" else DeviceKind.CPU))
+    check_tracing(config.tracing)
     Tokenizer.load(config.model)
     num_nodes = 1 if cluster_file is None else 1 + LaunchFile.load(cluster_file).min_workers
     is_here = _connect(address)

@@ -15,6 +15,7 @@ from ray import serve
 from cluster import app, startup
 from cluster.config import ServingConfig
 from cluster.narrator import Narrator, StartError
+from cluster.process_log import serve_logging
 from cluster.replica_start import ReplicaStart
 
 ANSWER_SECONDS = 60.0
@@ -37,7 +38,9 @@ class Deployment:
         startup.clear_reports()
         self._narrator.say(f"Starting {config.replicas} x {config.names[0]}, tensor_parallel {config.tensor_parallel}.")
         with quiet_serve():
-            serve.start(http_options={"host": config.host, "port": config.port})
+            serve.start(
+                http_options={"host": config.host, "port": config.port}, logging_config=serve_logging(config.logs)
+            )
             serve.run_many(
                 [serve.RunTarget(application, name=app.APPLICATION, route_prefix="/")],
                 wait_for_ingress_deployment_creation=False,

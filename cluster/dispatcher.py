@@ -7,16 +7,17 @@ that leaves the cores to the engine. When a replica is lost, every request open 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.open_call import CallWatcher, OpenCall
 from cluster.replica_report import Answer, Question
 from cluster.replica_stream import ReplicaStream, ReplicaTransport
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, unpack
 from cluster.write_pace import WritePace
-from engine import EngineDeadError, FinishReason, NanoserveError, Request, RequestError, RequestId, TokenOutput
+from engine import EngineDeadError, FinishReason, NanoserveError, Request, RequestError, RequestId
 
 
 class NoReplicaError(NanoserveError):
@@ -34,7 +35,7 @@ class ReplicaEvent(StrEnum):
 @dataclass(slots=True)
 class _OpenRequest:
     replica_id: str
-    call: "OpenCall"
+    call: OpenCall
 
 
 class Dispatcher:
@@ -116,11 +117,11 @@ class Dispatcher:
             targets |= {target.process_id: target for target in ingresses}
         return sorted(targets.values(), key=lambda target: (target.kind, target.process_id))
 
-    def open(self, requests: Sequence[Request]) -> "OpenCall":
+    def open(self, requests: Sequence[Request], watcher: CallWatcher | None = None) -> OpenCall:
         """Send the requests of one call on their way; raises `NoReplicaError` and then has sent none."""
         if not self.is_ready:
             raise NoReplicaError("No replica is ready.")
-        call = OpenCall(self, [request.request_id for request in requests])
+        call = OpenCall(self.abort, [request.request_id for request in requests], watcher)
         for request in requests:
             self._send(request, call)
         return call
@@ -197,11 +198,13 @@ class Dispatcher:
             self._on_lost_request(request_id, error)
         self._close_if_drained(replica_id)
 
-    def _send(self, request: Request, call: "OpenCall") -> None:
+    def _send(self, request: Request, call: OpenCall) -> None:
         decision = self._policy.route(request)
         assert decision is not None, "checked by the caller"
         self._open[request.request_id] = _OpenRequest(decision.replica_id, call)
         self._on_routed(decision.replica_id, decision.num_cached_tokens)
+        if call.watcher is not None:
+            request = call.watcher.dispatched(request, decision.replica_id, decision.num_cached_tokens)
         self._streams[decision.replica_id].submit(request)
 
     def _on_lost_request(self, request_id: RequestId, error: EngineDeadError) -> None:
@@ -232,73 +235,3 @@ class Dispatcher:
         task = asyncio.create_task(self._draining.pop(replica_id).close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-
-class OpenCall:
-    """The outputs of one HTTP call's requests, a list for each time something arrived; ends when all have ended.
-
-    `with_pauses` raises the `RequestError` or `EngineDeadError` that ended a request. Use it as a context manager:
-    whatever is still open on leaving is aborted.
-    """
-
-    def __init__(self, dispatcher: Dispatcher, request_ids: Sequence[RequestId]) -> None:
-        self._dispatcher = dispatcher
-        self._open = set(request_ids)
-        self._error: NanoserveError | None = None
-        self._wake = asyncio.Event()
-        self.outputs: list[TokenOutput] = []
-        self.has_begun = False
-
-    def __enter__(self) -> "OpenCall":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.abort(list(self._open))
-
-    async def with_pauses(self, seconds: float) -> AsyncGenerator[list[TokenOutput], None]:
-        """What arrives; an empty list at least every `seconds` in which nothing does."""
-        loop = asyncio.get_running_loop()
-        pause = loop.time() + seconds
-        timer = loop.call_at(pause, self.wake)
-        try:
-            while self._open or self.outputs or self._error is not None:
-                if self.outputs:
-                    outputs, self.outputs = self.outputs, []
-                    pause = loop.time() + seconds
-                    yield outputs
-                elif self._error is not None:
-                    raise self._error
-                elif loop.time() >= timer.when():  # re-armed only when it has fired: most calls never see it
-                    is_pause = loop.time() >= pause
-                    pause = max(pause, loop.time() + seconds) if is_pause else pause
-                    timer = loop.call_at(pause, self.wake)
-                    if is_pause:
-                        yield []
-                else:
-                    self._wake.clear()
-                    await self._wake.wait()
-        finally:
-            timer.cancel()
-
-    def abort(self, request_ids: Iterable[RequestId], reason: FinishReason = FinishReason.ABORT) -> None:
-        """End requests of this call now."""
-        self._dispatcher.abort(request_ids, reason)
-
-    def begin(self) -> None:
-        """Its first tokens are there, and nobody shall wait for those."""
-        self.has_begun = True
-        self.wake()
-
-    def ended(self, request_id: RequestId) -> None:
-        """The dispatcher will say no more about this request."""
-        self._open.discard(request_id)
-        self.wake()
-
-    def fail(self, error: NanoserveError) -> None:
-        """One request cannot go on, and so the call cannot."""
-        self._error = self._error or error
-        self.wake()
-
-    def wake(self) -> None:
-        """There is something to look at."""
-        self._wake.set()

@@ -7,13 +7,13 @@ never longer than `KEEP_ALIVE_SECONDS`.
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -21,20 +21,22 @@ from starlette.types import Receive, Scope, Send
 from cluster.api_call import ApiCall, open_chat, open_completion
 from cluster.api_error import ApiError
 from cluster.call_metrics import CallMetrics
-from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall
-from cluster.failure_log import FailureLog
+from cluster.config import LogsConfig
+from cluster.dispatcher import Dispatcher, NoReplicaError
+from cluster.exchange import CLIENT_LEFT, Exchange, ExchangeRecorder
 from cluster.metrics import CALL_ROUTES, IngressMetrics
 from cluster.metrics_discovery import target_groups
+from cluster.open_call import OpenCall
 from cluster.recent_latencies import RecentLatencies
+from cluster.refusal_log import RefusalLog
 from cluster.reply import KEEP_ALIVE_FRAME
-from cluster.response_count import ResponseCount
 from cluster.served_model import ServedModel, find_model, model_card, model_list
 from cluster.status.cluster_watch import ClusterWatch, Deployment
 from cluster.status.routes import add_status_routes
 from cluster.status.step_picture import StepPicture
+from cluster.tracing import NO_TRACER
 from engine import FinishReason
 
-logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 10.0
 THREAD_BODY_BYTES = 16_384  # tokenising more than this would hold up other streams for over a millisecond
 _DRAINED_BODY_BYTES = 64_000_000  # of a body that is too large: clients read the answer only after sending theirs
@@ -45,7 +47,8 @@ Opener = Callable[[bytes, Mapping[str, ServedModel]], ApiCall]
 class Ingress:
     """What the routes need: the models by name, the way to the replicas, the counters and the limit of a body.
 
-    `deployment` is what people are shown; unless given, the models by their names.
+    `deployment` is what people are shown; unless given, the models by their names. `logs` and `tracer` say what becomes
+    of each `Exchange`.
     """
 
     def __init__(
@@ -55,41 +58,54 @@ class Ingress:
         metrics: IngressMetrics,
         max_body: int,
         deployment: Deployment | None = None,
+        logs: LogsConfig | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         deployment = deployment or Deployment(models=tuple(models))
         self.latencies = RecentLatencies()
-        self.failures = FailureLog()
+        self.refusals = RefusalLog()
         self.watch = ClusterWatch(deployment, dispatcher, self.latencies)
         self.step_picture = StepPicture(dispatcher, deployment.models[0])
         self.models = models
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.max_body = max_body
+        self.logs = logs or LogsConfig()
+        self.tracer = tracer
 
     async def answer(self, http: Request, opener: Opener) -> Response:
         """Parse the body of a call and begin it; the response does the rest. Raises `ApiError`."""
         body = await read_body(http, self.max_body)
         arrived = time.monotonic()
+        exchange = Exchange.of(http.scope)
+        started = time.time_ns()
         if len(body) > THREAD_BODY_BYTES:
             call = await asyncio.to_thread(opener, body, self.models)
         else:
             call = opener(body, self.models)
-        return CallResponse(self, call, arrived)
+        exchange.trace.tokenized(started, time.time_ns())
+        if self.logs.prompts:
+            prompts = dict.fromkeys(request.prompt_token_ids for request in call.requests)
+            exchange.facts["prompts"] = [call.model.tokenizer.decode(prompt) for prompt in prompts]
+        return CallResponse(self, call, exchange, arrived)
 
-    def open(self, call: ApiCall) -> OpenCall:
+    def open(self, call: ApiCall, exchange: Exchange) -> OpenCall:
         """Send the requests of a call on their way; raises `ApiError`."""
         try:
-            return self.dispatcher.open(call.requests)
+            return self.dispatcher.open(call.requests, exchange)
         except NoReplicaError:
-            raise ApiError.unavailable("No replica of the model is ready.", 2.0) from None
+            reason = "No replica of the model is ready."
+            self.refusals.refused(reason)
+            raise ApiError.unavailable(reason, 2.0) from None
 
 
 class CallResponse(Response):
     """Runs one call while its client is there, and writes the answer: at its end, or as it grows."""
 
-    def __init__(self, ingress: Ingress, call: ApiCall, arrived: float) -> None:
+    def __init__(self, ingress: Ingress, call: ApiCall, exchange: Exchange, arrived: float) -> None:
         self._ingress = ingress
         self._call = call
+        self._exchange = exchange
         self._metrics = CallMetrics(ingress.metrics, ingress.latencies, call, arrived)
         self._has_begun = False
         self.background = None
@@ -102,10 +118,11 @@ class CallResponse(Response):
         except asyncio.CancelledError:
             if not leaving.done():
                 raise  # the server is stopping; else the client has left, and nobody waits for an answer
+            self._exchange.left()
         except Exception as error:
             answer = ApiError.of(error)
+            self._exchange.failed(answer, error)
             if answer.status >= 500:
-                self._ingress.failures.failed(self._call.response_id, error)
                 self._metrics.failed()
             if self._has_begun:
                 await self._write(send, answer.frame(), is_last=True)
@@ -114,13 +131,14 @@ class CallResponse(Response):
         finally:
             leaving.cancel()
             self._metrics.close()
+            self._exchange.facts |= self._metrics.facts()
 
     async def _run(self, send: Send) -> None:
         reply = self._call.reply
         if reply.done:  # nothing is to be generated
             await self._finish(send, reply.start())
             return
-        with self._ingress.open(self._call) as open_call:
+        with self._ingress.open(self._call, self._exchange) as open_call:
             pending = reply.start()
             async with aclosing(open_call.with_pauses(KEEP_ALIVE_SECONDS)) as arrivals:
                 async for outputs in arrivals:
@@ -164,7 +182,7 @@ def build_app(ingress: Ingress, on_stop: Callable[[], Any] | None = None) -> Fas
             await on_stop()
 
     app = FastAPI(title="nanoserve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(ResponseCount, metrics=ingress.metrics)
+    app.add_middleware(ExchangeRecorder, metrics=ingress.metrics, tracer=ingress.tracer, log_format=ingress.logs.format)
     _add_error_handlers(app, ingress.metrics)
 
     chat_route, completion_route = CALL_ROUTES
@@ -227,24 +245,28 @@ def error_response(error: ApiError) -> Response:
 
 def _add_error_handlers(app: FastAPI, metrics: IngressMetrics) -> None:
     async def on_api_error(http: Request, error: Exception) -> Response:
-        return error_response(ApiError.of(error))
+        answer = ApiError.of(error)
+        Exchange.of(http.scope).failed(answer, error)
+        return error_response(answer)
 
     async def on_http_error(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        if error.status_code == 405:
-            response = error_response(ApiError.method_not_allowed(http.method, http.url.path))
-            response.headers.update(error.headers or {})
-            return response
-        if error.status_code == 404:
-            return error_response(ApiError.not_found(http.url.path))
-        return error_response(ApiError(error.status_code, str(error.detail)))
+        match error.status_code:
+            case 404:
+                answer = ApiError.not_found(http.url.path)
+            case 405:
+                answer = ApiError.method_not_allowed(http.method, http.url.path)
+            case status:
+                answer = ApiError(status, str(error.detail))
+        answer.headers.update(error.headers or {})
+        return await on_api_error(http, answer)
 
     async def on_disconnect(http: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; nginx's number for a client that left
+        Exchange.of(http.scope).left()
+        return Response(status_code=CLIENT_LEFT)
 
     async def on_bug(http: Request, error: Exception) -> Response:
         metrics.responded("unknown", 500)  # answered outside the middleware that counts
-        logger.error("Unexpected error in %s %s", http.method, http.url.path, exc_info=error)
         return error_response(ApiError.internal())
 
     app.add_exception_handler(ApiError, on_api_error)

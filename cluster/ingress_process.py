@@ -1,5 +1,6 @@
 """`IngressProcess`: the Serve deployment around one `Ingress`. Wires Ray's context to parts that know no Ray."""
 
+import asyncio
 import hashlib
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from cluster.dispatcher import Dispatcher
 from cluster.ingress import Ingress, build_app
 from cluster.loopback import bind_replica_server_to_node, node_address
 from cluster.metrics import IngressMetrics, MetricsEndpoint, RouterCollector
+from cluster.process_log import log_with_serve
 from cluster.replica import ServeTransport
 from cluster.replica_board import ReplicaBoard
 from cluster.routing_policy import RoutingPolicy
@@ -22,6 +24,7 @@ from cluster.startup import read_reports
 from cluster.status.cluster_watch import Deployment
 from cluster.step_message import MetricsTarget
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from engine import EngineConfig
 
 DEPLOYMENT = "Ingress"
@@ -34,6 +37,7 @@ class IngressProcess:
         self, config: ServingConfig, engine_config: EngineConfig, board: str, replicas: DeploymentHandle[Any]
     ) -> None:
         bind_replica_server_to_node()
+        log_with_serve()
         ingress_id = serve.get_replica_context().replica_id.unique_id
         name = config.names[0]
         registry = CollectorRegistry()
@@ -65,7 +69,10 @@ class IngressProcess:
         )
         deployment = Deployment(models=config.names, num_replicas=config.replicas, read_starts=read_reports)
         models = {alias: model for alias in model.names}
-        self._ingress = Ingress(models, self._dispatcher, metrics, config.max_body, deployment)
+        self._tracing = Tracing.open(config.tracing, "ingress", ingress_id)
+        self._ingress = Ingress(
+            models, self._dispatcher, metrics, config.max_body, deployment, config.logs, self._tracing.tracer
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this process."""
@@ -74,6 +81,7 @@ class IngressProcess:
     async def _stop(self) -> None:
         await self._dispatcher.close()
         self._endpoint.close()
+        await asyncio.to_thread(self._tracing.close)
 
 
 def _fingerprint(config: EngineConfig) -> str:

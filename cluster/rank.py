@@ -37,8 +37,16 @@ class LaunchedStep(Protocol):
 class Rank:
     """The actor class. `run` is its one long call; it returns after `Stop`, or after a failure it has reported."""
 
-    def run(self, config: EngineConfig, rank: int, socket_path: str, rendezvous: str | None) -> None:
+    def run(
+        self,
+        config: EngineConfig,
+        rank: int,
+        socket_path: str,
+        rendezvous: str | None,
+        log: Callable[[int], None] = lambda rank: None,
+    ) -> None:
         """Serve steps until told to stop. Raises only where the engine cannot be told: it never could be reached."""
+        log(rank)
         os.environ.update(LOOPBACK_ENVIRONMENT)
         if config.device is DeviceKind.CPU:
             _yield_to_servants()

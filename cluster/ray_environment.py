@@ -27,6 +27,7 @@ def serving_environment() -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # by default a line is in the file once a thousand are
         "RAY_USAGE_STATS_ENABLED": "0",
         # Our metrics are our own (`cluster.metrics`); each process gathers Serve's ten times a second by default.
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",

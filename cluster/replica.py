@@ -4,11 +4,13 @@ The replica's process holds the control plane; its ranks are actors in its own p
 wires Ray's context to the parts that know no Ray, and nothing else.
 """
 
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,13 +24,16 @@ from cluster.loopback import bind_replica_server_to_node, node_address
 from cluster.memory_metrics import MemoryCollector
 from cluster.metrics import EngineCollector, MetricsEndpoint
 from cluster.placement import Placement
+from cluster.process_log import log_to_standard_error, log_with_serve
 from cluster.rank_metrics import RankCollector
 from cluster.replica_report import Answer, Question
+from cluster.request_trace import RequestTrace
 from cluster.router import TARGET
 from cluster.startup import StartupReport
 from cluster.step_door import Invitation, StepDoor
 from cluster.step_link import StepLink
 from cluster.step_message import PROTOCOL_PICKLE, Abort, Hello, MetricsTarget, RequestProblem, StepMessage
+from cluster.tracing import Tracing
 from cluster.worker_group import WorkerGroup
 from engine import ConfigError, DeviceKind, EngineDeadError, LLMEngine, MemoryMeter, MemoryPart, Request
 
@@ -43,12 +48,16 @@ class Replica:
     ) -> None:
         bind_replica_server_to_node()
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
+        log_with_serve()
         self._report = report = StartupReport(self.replica_id)
         meter = MemoryMeter()
         try:
             engine_config = config.engine_config(device, placement.threads_per_rank)
-            group = WorkerGroup(engine_config, _rank_options(placement), report.progress, report.doing)
-            engine = LLMEngine(engine_config, group)
+            self._tracing = Tracing.open(config.tracing, "replica", self.replica_id)
+            log = partial(log_to_standard_error, config.logs, self.replica_id)
+            group = WorkerGroup(engine_config, _rank_options(placement), report.progress, report.doing, log)
+            trace = RequestTrace(self._tracing.tracer, config.names[0], self.replica_id)
+            engine = LLMEngine(engine_config, group, trace.finished)
             capacity = await engine.start()
         except (ConfigError, EngineDeadError) as error:
             report.failed(error)
@@ -101,6 +110,7 @@ class Replica:
                 self._host.check()
                 self._report.withdraw()
             await self._host.close()
+            await asyncio.to_thread(self._tracing.close)
 
 
 class ServeTransport:

@@ -46,7 +46,8 @@ _ECHO = "Another rank of the group"  # so begin errors of ranks that only hear o
 class WorkerGroup:
     """The ranks of one tensor-parallel group. `rank_options` are Ray's actor options, one set per rank.
 
-    While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. Once started,
+    While it starts, `progress` is told of the weights, and `tell` in words of what else takes long. Each rank's process
+    begins by calling `log` with the rank's number: that sets up its log. Once started,
     `memory` has what each rank's process holds, and `meters` what it has done; `recorder` can have a step recorded.
     """
 
@@ -56,12 +57,14 @@ class WorkerGroup:
         rank_options: Sequence[dict[str, Any]],
         progress: Callable[[int, int], None] | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        log: Callable[[int], None] = lambda rank: None,
     ) -> None:
         assert len(rank_options) == config.tensor_parallel
         self._config = config
         self._rank_options = rank_options
         self._progress = progress
         self._tell = tell
+        self._log = log
         self._directory: Path | None = None
         self._actors: list[Any] = []
         self._runs: list[Any] = []
@@ -98,7 +101,7 @@ class WorkerGroup:
             for rank, options in enumerate(self._rank_options):
                 actor: Any = ray.remote(Rank).options(**options).remote()
                 self._actors.append(actor)
-                self._runs.append(actor.run.remote(self._config, rank, path, rendezvous))
+                self._runs.append(actor.run.remote(self._config, rank, path, rendezvous, self._log))
             start = _Start(listener, self._runs, self._progress, self._tell)
             capacity = start.wait(self._connections, self._links, self.pids)
         self.meters = [RankMeter.open(directory, rank) for rank in range(len(self._rank_options))]

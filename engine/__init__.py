@@ -18,6 +18,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.executor import CacheCapacity, Executor
+from engine.finished_request import FinishedRequest
 from engine.fp8_support import check_cpu
 from engine.host_cpus import num_usable_cpus
 from engine.host_memory import resident_memory
@@ -57,6 +58,7 @@ __all__ = [
     "EngineStats",
     "Executor",
     "FinishReason",
+    "FinishedRequest",
     "InlineExecutor",
     "LLMEngine",
     "LengthRange",

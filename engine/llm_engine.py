@@ -9,7 +9,7 @@ import asyncio
 import gc
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,11 +18,13 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.executor import CacheCapacity, Executor
+from engine.finished_request import FinishedRequest
 from engine.length_predictor import LengthPredictor
 from engine.loss import Loss
 from engine.loss_ledger import FinishedStep, LossLedger, LossTotals
 from engine.optimum import Optimum
 from engine.request import FinishReason, Request, RequestId, TokenOutput
+from engine.request_limits import RequestLimits
 from engine.scheduler import ScheduledStep, Scheduler
 from engine.sequence import Sequence
 from engine.stats import EngineStats
@@ -56,11 +58,20 @@ class _StepInFlight:
 
 
 class LLMEngine:
-    """Serves requests with one executor. Create, `start`, then `submit` or `generate` from the same event loop."""
+    """Serves requests with one executor. Create, `start`, then `submit` or `generate` from the same event loop.
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    `on_finished` is told of every request that ends, on that loop; it must not block or raise.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        on_finished: Callable[[FinishedRequest], None] | None = None,
+    ) -> None:
         self._config = config
         self._executor = executor
+        self._on_finished = on_finished
         self._open: dict[RequestId, _OpenRequest] = {}
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -89,6 +100,11 @@ class LLMEngine:
             max_batch_tokens=self._config.max_batch_tokens,
             max_sequences=self._config.max_sequences,
         )
+        self._limits = RequestLimits(
+            vocab_size=self._config.model.vocab_size,
+            max_model_len=self._config.max_model_len,
+            cache_tokens=self._capacity.num_tokens,
+        )
         optimum = Optimum.of(self._config, self._capacity)
         if optimum is not None:
             self._ledger = LossLedger(optimum, dense_batch=self._config.max_batch_tokens, now=time.monotonic())
@@ -102,7 +118,9 @@ class LLMEngine:
         """Queue a request; its outputs go to `sink`. Raises `RequestError` for one that can never run."""
         if self._death is not None:
             raise self._death
-        self._check(request)
+        if request.request_id in self._open:
+            raise RequestError(f"Request id {request.request_id!r} is already being served.", "request_id")
+        self._limits.check(request)
         sampling = request.sampling
         stop_token_ids = sampling.stop_token_ids
         if not sampling.ignore_eos:
@@ -284,6 +302,7 @@ class LLMEngine:
             num_generated = sequence.num_generated
             if num_generated == 1 and sequence.scheduled_at is not None:
                 self._queue_seconds += sequence.scheduled_at - sequence.arrived_at
+                sequence.first_token_at = self._progress_at
             token = TokenOutput(  # by position: naming the fields takes twice as long
                 request_id,
                 (token_id,),
@@ -317,38 +336,19 @@ class LLMEngine:
         del self._open[sequence.request.request_id]
         self._scheduler.finish(sequence, reason)
         self._finished[reason.value] += 1
+        if self._on_finished is not None:
+            self._on_finished(FinishedRequest.of(sequence, reason, time.monotonic()))
         self._wake.set()
-
-    def _check(self, request: Request) -> None:
-        prompt = request.prompt_token_ids
-        vocab_size = self._config.model.vocab_size
-        if request.request_id in self._open:
-            raise RequestError(f"Request id {request.request_id!r} is already being served.", "request_id")
-        if not prompt:
-            raise RequestError("The prompt is empty; give at least one token.", "prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise RequestError(f"The prompt has token ids outside the vocabulary 0..{vocab_size - 1}.", "prompt")
-        request.sampling.validate(vocab_size)
-        length = len(prompt) + request.sampling.max_tokens
-        if length > self._config.max_model_len:
-            raise RequestError(
-                f"This model's maximum context length is {self._config.max_model_len} tokens. However, you requested "
-                f"{length} tokens ({len(prompt)} in the prompt, {request.sampling.max_tokens} to generate).",
-                "prompt",
-                "context_length_exceeded",
-            )
-        if length > self._capacity.num_tokens:
-            raise RequestError(
-                f"The KV cache holds {self._capacity.num_tokens} tokens; this request may need {length}.",
-                "max_tokens",
-                "context_length_exceeded",
-            )
 
     def _die(self, error: EngineDeadError) -> None:
         self._death = error
         self._busy_seconds, self._busy_since = self._busy_until_now(), None
-        sinks = {id(open_request.sink): open_request.sink for open_request in self._open.values()}
+        ended = list(self._open.values())
         self._open.clear()
+        if self._on_finished is not None:
+            for open_request in ended:
+                self._on_finished(FinishedRequest.of(open_request.sequence, None, time.monotonic()))
+        sinks = {id(open_request.sink): open_request.sink for open_request in ended}
         for sink in sinks.values():
             sink.fail(error)
 

@@ -79,6 +79,7 @@ class Request:
     """One prompt to continue. Requests of higher `priority` go first; equal ones in order of arrival.
 
     Prefix-cached blocks are shared only between requests of equal `cache_salt` (a tenant's name, for example).
+    `trace_context` names the span that the request belongs to (a W3C `traceparent`); it is carried, not read.
     """
 
     request_id: RequestId
@@ -86,6 +87,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     cache_salt: str = ""
+    trace_context: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

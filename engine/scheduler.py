@@ -350,6 +350,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """The prediction was wrong: the youngest sequence gives up its blocks and is computed again later."""
         self.num_preemptions += 1
+        sequence.num_preemptions += 1
         logger.warning(
             "preempted request %s at %d tokens: no free KV block (%d in all)",
             sequence.request.request_id,

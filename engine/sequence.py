@@ -34,9 +34,11 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "finish_reason",
+        "first_token_at",
         "num_cached_tokens",
         "num_computed",
         "num_lost",
+        "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
         "order",
@@ -52,6 +54,7 @@ class Sequence:
         self.order = order
         self.arrived_at = arrived_at
         self.scheduled_at: float | None = None
+        self.first_token_at: float | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.token_ids = array("i", request.prompt_token_ids)
@@ -59,6 +62,7 @@ class Sequence:
         self.row = -1
         self.num_computed = 0
         self.num_lost = 0
+        self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

@@ -3,6 +3,6 @@
 # and `ray attach` look for it. May be repeated.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-"$root/deploy/install.sh" "${1:-}"
+"$root/deploy/install.sh" "${1:-tracing}"
 line="export PATH=\"$root/.venv/bin:\$PATH\"  # nanoserve"
 grep -qxF "$line" ~/.bashrc 2>/dev/null || printf '%s\n' "$line" >>~/.bashrc

@@ -12,6 +12,7 @@ from engine import (
     DeviceKind,
     DType,
     EngineConfig,
+    FinishedRequest,
     LLMEngine,
     ModelConfig,
     Request,
@@ -43,11 +44,12 @@ class LocalReplica:
         *,
         num_blocks: int = 64,
         step_seconds: Callable[[Batch], float] = lambda batch: 0.001,
+        on_finished: Callable[[FinishedRequest], None] | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.capacity = CacheCapacity(num_blocks=num_blocks, block_size=config.block_size)
         self.executor = SimulatedExecutor(self.capacity, vocab_size=VOCABULARY, step_seconds=step_seconds)
-        self.engine = LLMEngine(config, self.executor)
+        self.engine = LLMEngine(config, self.executor, on_finished)
         self.fail_with: Exception | None = None
         self.num_submissions = 0
 

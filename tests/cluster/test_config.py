@@ -52,6 +52,14 @@ def test_model_paths_start_at_the_recipe_and_flags_win(tmp_path: Path, checkpoin
             "unknown key 'objectives.time_to_first_tokens'; did you mean 'time_to_first_token'?",
         ),
         ("model: x\nobjectives: {time_per_output_token: 0}\n", "objectives.time_per_output_token: input should be gr"),
+        ("model: x\nlogs: {format: xml}\n", "logs.format: input should be 'text' or 'json', but it is 'xml'."),
+        ("model: x\nlogs: yes\n", "logs: input should be a valid dictionary"),
+        (
+            "model: x\ntracing: {endpoint: 'localhost:4318'}\n",
+            "'localhost:4318' is not the URL of a collector; write for",
+        ),
+        ("model: x\ntracing: {sample_ratio: 2}\n", "tracing.sample_ratio: input should be less than or equal to 1"),
+        ("model: x\ntracing: {url: 1}\n", "unknown key 'tracing.url'; known keys are endpoint, sample_ratio."),
         ("replicas: 2\n", "recipe.yaml: the key 'model' is missing."),
         ("model: x\nreplicas: 0\n", "replicas: input should be greater than or equal to 1, but it is 0."),
         ("model: x\ncache: 2 gigs\n", "cache: '2 gigs' is not a size; write a number of bytes or for example 2GiB"),
@@ -65,6 +73,18 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         ServingConfig.load(recipe(tmp_path, text))
     assert expected in str(raised.value)
+
+
+def test_options_go_into_sections_and_leave_the_rest(tmp_path: Path, checkpoint: Path) -> None:
+    file = recipe(tmp_path, f"model: {checkpoint}\nlogs: {{prompts: true}}\ntracing: {{sample_ratio: 0.5}}\n")
+    config = ServingConfig.load(file, {"logs.format": "json", "tracing.endpoint": "http://127.0.0.1:4318"})
+    assert (config.logs.format, config.logs.prompts) == ("json", True)
+    assert (config.tracing.endpoint, config.tracing.sample_ratio) == ("http://127.0.0.1:4318/v1/traces", 0.5)
+    whole = ServingConfig.load(checkpoint, {"tracing.endpoint": "https://traces.example/otlp/v1/traces"})
+    assert whole.tracing.endpoint == "https://traces.example/otlp/v1/traces"
+    assert ServingConfig.load(checkpoint).tracing.endpoint is None
+    with pytest.raises(ConfigError, match="logs: input should be"):
+        ServingConfig.load(recipe(tmp_path, f"model: {checkpoint}\nlogs: json\n"), {"logs.format": "text"})
 
 
 def test_a_missing_recipe_and_a_missing_model_differ(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """The HTTP side, over a real socket: answers, streams, errors in OpenAI's shape, disconnects, overload, metrics."""
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -159,7 +159,7 @@ async def test_a_body_of_ten_megabytes_is_refused_politely(served: Pair) -> None
 
 async def test_a_request_the_engine_refuses_is_a_400_also_when_streamed(served: Pair) -> None:
     made, client = served
-    made.replica.engine._capacity = made.replica.capacity.__class__(num_blocks=2, block_size=16)
+    made.replica.engine._limits = replace(made.replica.engine._limits, cache_tokens=32)
     for stream in (False, True):
         response = await client.post("/v1/completions", json=completion(max_tokens=100, stream=stream))
         assert response.status_code == 400
@@ -284,19 +284,25 @@ async def test_calls_are_judged_by_the_objectives(served: Pair) -> None:
 
 async def test_a_bug_is_a_500_without_its_cause(served: Pair, caplog: pytest.LogCaptureFixture) -> None:
     made, client = served
-    with contextlib.suppress(RuntimeError):
-        made.dispatcher.open = lambda requests: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+
+    def broken(*arguments: object) -> Any:
+        return 1 / 0
+
+    made.dispatcher.open = broken  # type: ignore[method-assign,assignment]
     response = await client.post("/v1/completions", json=completion())
     assert response.status_code == 500
     assert "division" not in response.text
     assert "division" in caplog.text
 
 
-async def test_calls_that_no_replica_takes_have_one_line_together(
+async def test_calls_that_no_replica_takes_have_one_warning_together(
     served: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     made, client = served
     made.dispatcher.set_replicas(frozenset())
-    answers = [await client.post("/v1/completions", json=completion()) for _ in range(20)]
+    with caplog.at_level(logging.INFO):
+        answers = [await client.post("/v1/completions", json=completion()) for _ in range(20)]
     assert {answer.status_code for answer in answers} == {503}
-    assert caplog.text.count("No replica of the model is ready") == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["Refused 1 call: No replica of the model is ready."]
+    assert caplog.text.count("POST /v1/completions 503") == 20, "each has its line as any other"

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from cluster.dispatcher import Dispatcher, NoReplicaError, OpenCall, ReplicaEvent
+from cluster.dispatcher import Dispatcher, NoReplicaError, ReplicaEvent
+from cluster.open_call import OpenCall
 from cluster.replica_stream import RETRY_SECONDS
 from cluster.routing_policy import RoutingPolicy
 from cluster.step_message import Hello, MetricsTarget, StepMessage, pack, unpack
