@@ -82,6 +82,7 @@ class StepOutput:
     `logprobs` is None when no sequence of the batch asked for any; else one entry per drawn token, None for those
     that did not ask. `device_seconds` is the time the ranks spent computing the step, `times` its parts where they
     were measured. `plan` names the schedule that ran; `num_padding_tokens` rows were computed for nothing, to fill it.
+    `skips_tail`: behind the last attention only the rows of the drawn tokens were computed.
     """
 
     step: int
@@ -91,3 +92,4 @@ class StepOutput:
     times: StepTimes | None = None
     plan: str = "sequential"
     num_padding_tokens: int = 0
+    skips_tail: bool = False

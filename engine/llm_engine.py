@@ -281,6 +281,7 @@ class LLMEngine:
                 num_recomputed=step.scheduled.num_recomputed,
                 num_dropped=num_dropped,
                 num_padding_tokens=output.num_padding_tokens,
+                skips_tail=output.skips_tail,
             )
             self._ledger.step_ended(finished, arrived)
 

@@ -6,7 +6,8 @@ and was not the step's own is nobody's computing: results that come late by the 
 over many steps that is the ranks' idle time to the last of them. Pure: the time is passed in.
 
 A step's measured GEMM time is split by work, in tokens: `tokens * (1 - head) + drawn * head`, where `head` is the share
-of the output head among the active parameters, because only drawn tokens meet it. With s the GEMM seconds per token
+of the output head among the active parameters, because only drawn tokens meet it; where a step computes no others
+behind its last attention, `head` is the share of all that lies there. With s the GEMM seconds per token
 of this step, s* that of a full dense batch and s0 the optimum's:
 
     padding     s * padding rows          discarded   s * tokens dropped or computed again
@@ -29,7 +30,8 @@ DENSE_MEAN_STEPS = 32  # s* follows a change of the machine's speed within so ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedStep:
-    """A step as the ledger sees it: `num_drawn` of its `num_tokens` met the output head.
+    """A step as the ledger sees it: `num_drawn` of its `num_tokens` met the output head, and with `skips_tail` also
+    what lies between the last attention and that.
 
     `num_recomputed` of the tokens were computed before and lost, `num_dropped` of the drawn ones came after their
     sequence's end. `limit` is why the batch was no larger, if it was small; `times` None means not measured.
@@ -43,13 +45,15 @@ class FinishedStep:
     num_recomputed: int = 0
     num_dropped: int = 0
     num_padding_tokens: int = 0
+    skips_tail: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTotals:
     """Seconds since the start: all that are booked, the ideal ones, and those of each loss; the group's optimum.
 
-    `skipped_head_seconds` are a gain: the optimum counts the output head for every token, prompt tokens skip it.
+    `skipped_head_seconds` are a gain: the optimum counts the output head for every token, prompt tokens skip it, and
+    in some steps what lies before it, too.
     """
 
     accounted_seconds: float = 0.0
@@ -117,7 +121,7 @@ class LossLedger:
         useful_drawn = min(useful_tokens, step.num_drawn - step.num_dropped)
         ideal_token = 1 / self._optimum.tokens_per_second
         self._ideal += useful_tokens * ideal_token
-        self._skipped_head += (useful_tokens - useful_drawn) * self._optimum.head_share * ideal_token
+        self._skipped_head += (useful_tokens - useful_drawn) * self._head_share(step) * ideal_token
         times = step.times
         if times is None:
             return
@@ -129,13 +133,14 @@ class LossLedger:
 
     def _book_gemm(self, step: FinishedStep, seconds: float, useful_tokens: int, useful_drawn: int) -> None:
         num_rows = step.num_tokens + step.num_padding_tokens
-        work = self._work(num_rows, step.num_drawn)
+        head = self._head_share(step)
+        work = _work(num_rows, step.num_drawn, head)
         if work == 0:
             return
         per_token = seconds / work
-        useful_work = self._work(useful_tokens, useful_drawn)
-        discarded_work = self._work(step.num_tokens - useful_tokens, step.num_drawn - useful_drawn)
-        self._charge(Loss.PADDING, per_token * self._work(step.num_padding_tokens, 0))
+        useful_work = _work(useful_tokens, useful_drawn, head)
+        discarded_work = _work(step.num_tokens - useful_tokens, step.num_drawn - useful_drawn, head)
+        self._charge(Loss.PADDING, per_token * _work(step.num_padding_tokens, 0, head))
         self._charge(Loss.DISCARDED_TOKENS, per_token * discarded_work)
         small = 0.0
         if num_rows >= FULL_SHARE * self._dense_batch:
@@ -150,10 +155,9 @@ class LossLedger:
         self._num_full = min(self._num_full + 1, DENSE_MEAN_STEPS)
         self._dense_seconds += (per_token - self._dense_seconds) / self._num_full
 
-    def _work(self, num_tokens: int, num_drawn: int) -> float:
-        """In tokens that meet every active parameter."""
-        head = self._optimum.head_share
-        return num_tokens * (1 - head) + num_drawn * head
+    def _head_share(self, step: FinishedStep) -> float:
+        """The share of a token's work that only drawn ones were."""
+        return self._optimum.head_share + (self._optimum.tail_share if step.skips_tail else 0.0)
 
     def _seconds_to(self, now: float) -> float:
         """The time since the last event; `now` is the last event from here on."""
@@ -166,3 +170,8 @@ class LossLedger:
         seconds += self._debts[loss]
         self._debts[loss] = min(0.0, seconds)
         self._losses[loss] += max(0.0, seconds)
+
+
+def _work(num_tokens: int, num_drawn: int, head: float) -> float:
+    """In tokens that meet every active parameter; `head` is the share that only drawn ones meet."""
+    return num_tokens * (1 - head) + num_drawn * head

@@ -101,8 +101,8 @@ class ModelRunner:
         stopwatch = Stopwatch(rank=self._rank, records_events=batch.is_recorded)
         ran = self._run(batch, stopwatch, clock)
         drawn = None
-        if ran.hidden is not None and len(batch.sampled):
-            drawn = self._draw(ran.hidden, ran.prepared, stopwatch)
+        if ran.drawn_from is not None and len(batch.sampled):
+            drawn = self._draw(ran.drawn_from, ran.prepared, stopwatch)
         clock.stop()
         times: StepTimes | Callable[[float], StepTimes] | None = None
         if self.device_times is not None:
@@ -118,6 +118,7 @@ class ModelRunner:
             plan_name=ran.plan,
             times=times,
             num_padding_tokens=ran.num_padding_tokens,
+            skips_tail=ran.skips_tail,
             recorded=self._recorded(batch, ran.plan, ran.schedule, stopwatch) if batch.is_recorded else None,
         )
 
@@ -146,24 +147,27 @@ class ModelRunner:
             prepared = self._preparation.prepare_padded(
                 batch, padded.dealt, self.padded.inputs, bucket, begin=clock.start
             )
-            hidden_TE = padded.step.run()
+            hidden_TE, sampled = padded.step.run(), prepared.sampled_tokens
             return _Ran(
                 plan=name if padded.schedule == schedule else SEQUENTIAL,
                 schedule=padded.schedule,
                 prepared=prepared,
-                hidden=hidden_TE[: batch.num_tokens] if prepared.sampled_tokens is None else hidden_TE,
+                drawn_from=hidden_TE[: batch.num_tokens] if sampled is None else hidden_TE[sampled],
                 num_padding_tokens=bucket.num_tokens - batch.num_tokens,
             )
         prepared = self._preparation.prepare(batch, schedule.cut, begin=clock.start)
         if prepared.inputs is None:
             return _Ran(plan=name, schedule=schedule, prepared=prepared)
-        hidden_TE = self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch)
-        return _Ran(plan=name, schedule=schedule, prepared=prepared, hidden=hidden_TE)
+        wanted_K = prepared.sampled_tokens
+        hidden = self.pipeline.run(prepared.inputs, schedule, self._lanes, stopwatch, wanted_K)
+        skips_tail = len(hidden) < batch.num_tokens
+        if wanted_K is not None and not skips_tail:
+            hidden = hidden[wanted_K]
+        return _Ran(plan=name, schedule=schedule, prepared=prepared, drawn_from=hidden, skips_tail=skips_tail)
 
-    def _draw(self, hidden_TE: Tensor, prepared: PreparedStep, stopwatch: Stopwatch) -> Drawn:
+    def _draw(self, hidden_KE: Tensor, prepared: PreparedStep, stopwatch: Stopwatch) -> Drawn:
         """Draw the sampled tokens; chunks that do not end a prompt have only filled the cache."""
         started = stopwatch.now()
-        hidden_KE = hidden_TE if prepared.sampled_tokens is None else hidden_TE[prepared.sampled_tokens]
         shard_KR = self._model.lm_head.shard(self._model.norm(hidden_KE))
         multiplied = stopwatch.spent(Cost.GEMM, started)
         logits_KV = self._model.lm_head.join(shard_KR)
@@ -181,12 +185,14 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ran:
-    """A step by `plan`, that is by `schedule`: hidden states [T, E] of its rows (None without tokens), of which so many
-    are padding.
+    """A step by `plan`, that is by `schedule`: hidden states [K, E] of the rows to draw from (None without tokens).
+
+    So many rows were padding; `skips_tail`, where the others were not computed behind the last attention.
     """
 
     plan: str
     schedule: Schedule
     prepared: PreparedStep
-    hidden: Tensor | None = None
+    drawn_from: Tensor | None = None
     num_padding_tokens: int = 0
+    skips_tail: bool = False

@@ -18,12 +18,14 @@ class Optimum:
 
     `tokens_per_second` at the GEMM peak (the optimum), `dense_tokens_per_second` at the rate that the model's own
     products reach in a full dense batch. `head_share` of a token's time at the peak is the output head's: its share of
-    the active parameters, and more where the other products are in FP8.
+    the active parameters, and more where the other products are in FP8. `tail_share` is that of the products between
+    the last attention and the head.
     """
 
     tokens_per_second: float
     dense_tokens_per_second: float
     head_share: float
+    tail_share: float = 0.0
 
     @classmethod
     def of(cls, config: EngineConfig, capacity: CacheCapacity) -> "Optimum | None":
@@ -38,6 +40,7 @@ class Optimum:
             tokens_per_second=size / token_seconds,
             dense_tokens_per_second=size * optimal_tokens_per_second(dense, model, wide),
             head_share=2 * model.hidden_size * model.vocab_size / (wide or peak) / token_seconds,
+            tail_share=2 * _tail_parameters(model) / peak / token_seconds,
         )
 
 
@@ -52,11 +55,22 @@ def active_parameters(config: ModelConfig) -> int:
     queries = config.num_heads * config.head_dim
     keys_and_values = 2 * config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (2 * queries + keys_and_values)
-    dense = 3 * config.hidden_size * config.intermediate_size
-    expert = 3 * config.hidden_size * config.moe_intermediate_size
-    sparse = config.num_experts_per_token * expert + config.hidden_size * config.num_experts
-    feed_forward = sum(sparse if config.is_sparse(layer) else dense for layer in range(config.num_layers))
+    feed_forward = sum(_feed_forward_parameters(config, layer) for layer in range(config.num_layers))
     return config.num_layers * attention + feed_forward + config.hidden_size * config.vocab_size
+
+
+def _feed_forward_parameters(config: ModelConfig, layer: int) -> int:
+    """Those that one token is multiplied with."""
+    if not config.is_sparse(layer):
+        return 3 * config.hidden_size * config.intermediate_size
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    return config.num_experts_per_token * expert + config.hidden_size * config.num_experts
+
+
+def _tail_parameters(config: ModelConfig) -> int:
+    """The output projection and the feed-forward of the last layer."""
+    projection = config.hidden_size * config.num_heads * config.head_dim
+    return projection + _feed_forward_parameters(config, config.num_layers - 1)
 
 
 def wide_parameters(config: ModelConfig) -> int:

@@ -32,6 +32,7 @@ class PendingStep:
         plan_name: str,
         times: StepTimes | Callable[[float], StepTimes] | None,
         num_padding_tokens: int = 0,
+        skips_tail: bool = False,
         recorded: RecordedStep | None = None,
     ) -> None:
         """`times`: the parts of the step's time, where they are known, or what makes them of its seconds."""
@@ -40,6 +41,7 @@ class PendingStep:
         self._plan_name = plan_name
         self._times = times
         self._num_padding_tokens = num_padding_tokens
+        self._skips_tail = skips_tail
         self._plan = plan
         self._clock = clock
         self._copied: torch.cuda.Event | None = None
@@ -84,6 +86,7 @@ class PendingStep:
             times=self._times(seconds) if callable(self._times) else self._times,
             plan=self._plan_name,
             num_padding_tokens=self._num_padding_tokens,
+            skips_tail=self._skips_tail,
         )
 
     def _logprobs(self, num_drawn: int) -> tuple[TokenLogprob | None, ...] | None:

@@ -9,9 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No time limits in tests: machines differ, and a busy one has seconds in which it does nothing for us.
+settings.register_profile("nanoserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nanoserve")
 
 
 @pytest.fixture(scope="session", autouse=True)

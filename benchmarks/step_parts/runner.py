@@ -33,7 +33,14 @@ class _NoLayers(Pipeline):
 
     asked_at = 0.0
 
-    def run(self, step: StepInputs, schedule: Schedule, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
+    def run(
+        self,
+        step: StepInputs,
+        schedule: Schedule,
+        lanes: Lanes,
+        stopwatch: Stopwatch,
+        wanted_K: Tensor | None = None,
+    ) -> Tensor:
         self.asked_at = time.perf_counter()
         return self._zeros(len(step.tokens))
 

@@ -5,7 +5,7 @@ is cut differently reads one slice. Values inside a node are ordinary tensors. N
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -26,6 +26,36 @@ class BoundNode:
     node: Node
     calls: tuple[BoundCall, ...]
     pieces: tuple[BoundCall | Chain, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What of `plain` lies behind the layer's last use of the cache: each row by itself, so some of them do.
+
+    Node number `start` begins it, with `joins` of what was attended; `nodes` are the others, which take `inputs`.
+    """
+
+    start: int
+    joins: BoundNode
+    nodes: tuple[BoundNode, ...]
+    inputs: frozenset[str]
+
+    @classmethod
+    def of(cls, plain: Sequence[BoundNode]) -> "Tail":
+        """The tail of a layer's nodes."""
+        operations = [[call.operation for call in bound.calls] for bound in plain]
+        uses = [any(each is not None and each.cache is not CacheUse.NONE for each in node) for node in operations]
+        start = len(uses) - uses[::-1].index(True)
+        first = plain[start]
+        num_joins = next(index for index, piece in enumerate(first.pieces) if not is_join(piece))
+        nodes = (replace(first, pieces=first.pieces[num_joins:]), *plain[start + 1 :])
+        inputs = frozenset(value for bound in nodes for piece in bound.pieces for value in piece.values)
+        return cls(start=start, joins=replace(first, pieces=first.pieces[:num_joins]), nodes=nodes, inputs=inputs)
+
+
+def is_join(piece: BoundCall | Chain) -> bool:
+    """Whether it puts what was computed of decodes and of prefills into one tensor."""
+    return isinstance(piece, BoundCall) and piece.operation is not None and piece.operation.is_join
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,11 @@ class LayerProgram:
     def graph(self) -> OperationGraph:
         """What it computes."""
         return self.traced.graph
+
+    @cached_property
+    def tail(self) -> Tail:
+        """Its part for which rows need not all be computed."""
+        return Tail.of(self.plain)
 
     @cached_property
     def in_place(self) -> Mapping[str, str]:

@@ -114,14 +114,25 @@ class Pipeline:
         """One nano-batch, one operation after the other; fits every batch."""
         return self._sequential[self.graph.signature]
 
-    def run(self, step: StepInputs, schedule: Schedule, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
+    def run(
+        self,
+        step: StepInputs,
+        schedule: Schedule,
+        lanes: Lanes,
+        stopwatch: Stopwatch,
+        wanted_K: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [T, E] after the last layer, in the order of `schedule.cut`, scaled to the batch.
+
+        They may be only those of the rows `wanted_K`, [K, E], where those are less than half of them: to compute no
+        more behind the last attention saves more than another shape of its products costs.
 
         The schedule must have passed `verify` and fit the batch. The hidden states lie where the next run
         writes.
         """
         if lanes.runs_plainly and schedule == self.sequential:
-            return self._run_plainly(step, lanes, stopwatch)
+            is_worth = wanted_K is not None and 2 * len(wanted_K) < len(step.tokens)
+            return self._run_plainly(step, lanes, stopwatch, wanted_K if is_worth else None)
         cut = schedule.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
         return self._run_cut(StepParts(step, cut), cut, schedule, self._sequential, lanes, stopwatch)
 
@@ -194,14 +205,17 @@ class Pipeline:
         """Memory held for the values between operations."""
         return self._arena.num_bytes
 
-    def _run_plainly(self, step: StepInputs, lanes: Lanes, stopwatch: Stopwatch) -> Tensor:
+    def _run_plainly(
+        self, step: StepInputs, lanes: Lanes, stopwatch: Stopwatch, wanted_K: Tensor | None = None
+    ) -> Tensor:
         """The whole batch through one operation after the other."""
         hidden_TE, arriving = self._embed(step, [(0, len(step.tokens))], lanes, stopwatch)
         if arriving is not None:
             arriving.land(stopwatch)
         self._learn(step, hidden_TE)
         for run in self._runs:
-            hidden_TE = run_layers(run.programs, hidden_TE, step, stopwatch)
+            is_last = run is self._runs[-1]
+            hidden_TE = run_layers(run.programs, hidden_TE, step, stopwatch, wanted_K if is_last else None)
         return hidden_TE
 
     def _embed(

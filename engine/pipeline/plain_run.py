@@ -10,47 +10,83 @@ from torch import Tensor
 
 from engine.layers.collective import CollectiveOperation
 from engine.operation import TokenKind
-from engine.pipeline.chain import BoundCall
 from engine.pipeline.flight import Flight
 from engine.pipeline.graph import LAYER_INPUT
-from engine.pipeline.layer_program import BoundNode, LayerProgram
+from engine.pipeline.layer_program import BoundNode, LayerProgram, is_join
 from engine.pipeline.schedule import Lane
 from engine.pipeline.stopwatch import Stopwatch
 from engine.step_inputs import StepInputs
 
 
-def run_layers(programs: Sequence[LayerProgram], hidden_TE: Tensor, step: StepInputs, stopwatch: Stopwatch) -> Tensor:
-    """Consecutive layers with one graph: [T, E] -> [T, E], in the order of the batch. May write over its input."""
-    graph = programs[0].graph
-    num_tokens = len(hidden_TE)
-    absent = {TokenKind.DECODE} if step.num_decodes == 0 else set()
-    if step.num_decodes == num_tokens:
-        absent.add(TokenKind.PREFILL)
+def run_layers(
+    programs: Sequence[LayerProgram],
+    hidden_TE: Tensor,
+    step: StepInputs,
+    stopwatch: Stopwatch,
+    wanted_K: Tensor | None = None,
+) -> Tensor:
+    """Consecutive layers with one graph: [T, E] -> [T, E], in the order of the batch. May write over its input.
+
+    With `wanted_K`, the rows that anybody will look at behind these layers, [K, E] of those: the others are computed as
+    far as the cache needs them.
+    """
     for layer, program in enumerate(programs):
-        values = {LAYER_INPUT: hidden_TE}
-        for bound in program.plain:
+        run = _LayerRun(program, layer, {LAYER_INPUT: hidden_TE}, step, stopwatch)
+        if wanted_K is None or program is not programs[-1]:
+            run.compute(program.plain)
+            hidden_TE = run.values[program.graph.output]
+            continue
+        run.compute(program.plain[: program.tail.start])
+        if len(wanted_K) == 0:
+            return hidden_TE[:0]
+        compute(program.tail.joins, run.values, step, stopwatch)
+        rows = {name: value[wanted_K] for name, value in run.values.items() if name in program.tail.inputs}
+        run = _LayerRun(program, layer, rows, step, stopwatch)
+        run.compute(program.tail.nodes)
+        hidden_TE = run.values[program.graph.output]
+    return hidden_TE
+
+
+class _LayerRun:
+    """One layer on the way: its values so far, of as many rows as there are in each."""
+
+    def __init__(
+        self, program: LayerProgram, layer: int, values: dict[str, Tensor], step: StepInputs, stopwatch: Stopwatch
+    ) -> None:
+        self.values = values
+        self._program = program
+        self._layer = layer
+        self._step = step
+        self._stopwatch = stopwatch
+        self._absent = set() if step.num_decodes else {TokenKind.DECODE}
+        if step.num_decodes == len(step.tokens):
+            self._absent.add(TokenKind.PREFILL)
+
+    def compute(self, nodes: Sequence[BoundNode]) -> None:
+        """Add the values of these nodes."""
+        values, step, stopwatch = self.values, self._step, self._stopwatch
+        for bound in nodes:
             node = bound.node
-            if node.tokens in absent:
+            if node.tokens in self._absent:
                 continue
             operation = bound.calls[0].operation
             if isinstance(operation, CollectiveOperation):
-                _exchange(bound, operation, node.name in program.in_place, layer, values, stopwatch)
+                _exchange(bound, operation, node.name in self._program.in_place, self._layer, values, stopwatch)
                 continue
             started = stopwatch.now()
             compute(bound, values, step, stopwatch)
             if stopwatch.events is not None:
-                stopwatch.record(node.name, Lane.COMPUTE, started, layer=layer, tokens=(0, num_tokens))
-        hidden_TE = values[graph.output]
-    return hidden_TE
+                num_tokens = len(values[node.outputs[0]])
+                stopwatch.record(node.name, Lane.COMPUTE, started, layer=self._layer, tokens=(0, num_tokens))
 
 
 def compute(bound: BoundNode, values: dict[str, Tensor], step: StepInputs, stopwatch: Stopwatch) -> None:
     """Add the values of a node's pieces to `values`; those that only it uses, too."""
     now = stopwatch.now()
     for piece in bound.pieces:
-        if isinstance(piece, BoundCall) and piece.operation is not None and piece.operation.is_join:
-            present = [values[value] for value in piece.inputs if value in values]
-            values[piece.name] = present[0] if len(present) == 1 else piece.compute(present, step)[0]
+        if is_join(piece):
+            present = [values[value] for value in piece.values if value in values]
+            values[piece.outputs[0]] = present[0] if len(present) == 1 else piece.compute(present, step)[0]
             continue
         results = piece.compute([values[value] for value in piece.values], step)
         for name, result in zip(piece.outputs, results, strict=True):

@@ -14,7 +14,8 @@ from engine.optimum import Optimum
 from engine.stats import EngineStats
 
 # 1000 tokens per second at the peak, 500 in a full batch; a quarter of a token's work is the output head.
-OPTIMUM = Optimum(tokens_per_second=1000.0, dense_tokens_per_second=500.0, head_share=0.25)
+# Another quarter lies between the last attention and that.
+OPTIMUM = Optimum(tokens_per_second=1000.0, dense_tokens_per_second=500.0, head_share=0.25, tail_share=0.25)
 DENSE = 100
 DECODES = FinishedStep(  # 40 decodes take 40 ms at the peak, 80 ms at a full batch's rate
     num_tokens=40,
@@ -106,6 +107,15 @@ def test_prompt_tokens_skip_the_head_that_the_optimum_counts() -> None:
     assert waterfall.unexplained_seconds == pytest.approx(0)
 
 
+def test_what_lies_behind_the_last_attention_is_skipped_where_a_step_says_so() -> None:
+    prefill = replace(DECODES, num_tokens=40, num_drawn=4, skips_tail=True)
+    waterfall = waterfall_of(prefill)
+    assert waterfall.skipped_head_seconds == pytest.approx(36 * 0.5 / 1000)
+    assert waterfall.unexplained_seconds == pytest.approx(0)
+    # 40 halves of a token's work and 4 other halves took 120 ms, where a full batch takes 2 ms a token.
+    assert waterfall.seconds[Loss.TRAFFIC_LIMITED_BATCH] == pytest.approx(0.12 - 22 * 0.002)
+
+
 def test_what_is_not_measured_is_unexplained_and_so_is_what_contradicts_itself() -> None:
     unmeasured = waterfall_of(replace(DECODES, times=None))
     assert unmeasured.unexplained_seconds == pytest.approx(0.16)
@@ -176,7 +186,9 @@ def finished_steps(draw: st.DrawFn) -> FinishedStep:
     num_drawn = draw(st.integers(0, num_tokens))
     dropped = draw(st.integers(0, num_drawn))
     padding = draw(st.integers(0, 20))
-    work = 0.75 * (num_tokens + padding) + 0.25 * num_drawn
+    skips_tail = draw(st.booleans())
+    head = 0.5 if skips_tail else 0.25
+    work = (1 - head) * (num_tokens + padding) + head * num_drawn
     parts = [draw(st.floats(0, 0.5)) for _ in range(3)]
     gemm = work / 1000 * draw(st.floats(1, 8))
     return FinishedStep(
@@ -185,6 +197,7 @@ def finished_steps(draw: st.DrawFn) -> FinishedStep:
         num_dropped=dropped,
         num_recomputed=draw(st.integers(0, num_tokens - num_drawn)),
         num_padding_tokens=padding,
+        skips_tail=skips_tail,
         limit=draw(st.sampled_from([Loss.KV_LIMITED_BATCH, Loss.TRAFFIC_LIMITED_BATCH])),
         device_seconds=gemm + sum(parts),
         times=StepTimes(gemm_seconds=gemm, attention_seconds=parts[0], exposed_network_seconds=parts[1]),

@@ -147,6 +147,23 @@ def test_tokens_are_those_of_the_model(model: Decoder, device: torch.device, alo
             assert next_token(model, device, prompt, tokens[:count], index) == token
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_prompt_meets_the_last_feed_forward_with_one_token(
+    model: Decoder, launch: Callable[[Batch], PendingStep], alone: list[list[int]]
+) -> None:
+    num_rows: list[int] = []
+    last = model.get_submodule(f"layers.{CONFIG.model.num_layers - 1}.feed_forward.down_proj")
+    hook = last.register_forward_hook(lambda module, inputs, output: num_rows.append(len(output)))
+    script = BatchScript(NUM_BLOCKS, CONFIG.block_size)
+    script.admit(0, PROMPTS[0], SAMPLINGS[0])
+    outputs = [launch(script.step(prefills=[(0, 10)])).wait(), launch(script.step(prefills=[(0, 13)])).wait()]
+    outputs.append(launch(script.step(decodes=[0])).wait())
+    hook.remove()
+    assert num_rows[-2:] == [1, 1], "of the first chunk, which draws nothing, no row at all"
+    assert [output.skips_tail for output in outputs] == [True, True, False]
+    assert [token for output in outputs for token in output.token_ids.tolist()] == alone[0][:2]
+
+
 def test_chunks_in_mixed_batches(launch: Callable[[Batch], PendingStep], alone: list[list[int]]) -> None:
     """Prompts cut across block borders, beside decodes of other rows and other prompts' chunks."""
     script = BatchScript(NUM_BLOCKS, CONFIG.block_size)

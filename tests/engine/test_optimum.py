@@ -76,3 +76,22 @@ def test_the_head_has_its_share_of_the_time() -> None:
     assert apart.head_share == pytest.approx(4 * head / (4 * head + others))
     assert apart.tokens_per_second == pytest.approx(2 / (2 * others / 4e12 + 2 * head / 1e12))
     assert apart.dense_tokens_per_second == pytest.approx(2 / (2 * others / 2e12 + 2 * head / 1e12))
+
+
+@pytest.mark.parametrize("architecture", [Architecture.LLAMA, Architecture.QWEN3_MOE])
+def test_the_tail_is_what_the_last_layer_multiplies_behind_its_attention(
+    tmp_path: Path, architecture: Architecture
+) -> None:
+    config = sized_config(architecture)
+    write_random_checkpoint(tmp_path, config)
+    behind = {
+        name: size
+        for name, size in matrices_of(tmp_path).items()
+        if f"layers.{config.num_layers - 1}." in name and ("o_proj" in name or ".mlp." in name)
+    }
+    idle = config.num_experts - config.num_experts_per_token if config.num_experts else 0
+    expected = sum(behind.values()) - idle * 3 * config.hidden_size * config.moe_intermediate_size
+    engine = EngineConfig(model=config, checkpoint=tmp_path, dtype=DType.FLOAT32)
+    optimum = Optimum.of(engine, CacheCapacity(num_blocks=1, block_size=4, gemm_flops_per_second=1e12))
+    assert optimum is not None
+    assert optimum.tail_share == pytest.approx(expected / active_parameters(config))

@@ -45,11 +45,19 @@ class RandomBatch:
         """Prefill tokens."""
         return sum(size for _, size in self.chunks)
 
+    @property
+    def num_tokens(self) -> int:
+        """Decodes and prefill tokens."""
+        return len(self.decode_lengths) + self.num_prefills
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How far the pipeline's hidden states and cache are from the plain model's, and which tokens each would draw."""
+    """How far the pipeline's `num_rows` hidden states and its cache are from the plain model's, and which tokens each
+    would draw.
+    """
 
+    num_rows: int
     relative_error: float
     cache_error: float
     is_identical: bool
@@ -92,13 +100,20 @@ def compare(
     overlaps: bool,
     size: int = 1,
     lanes: Lanes | None = None,
+    wanted: tuple[int, ...] | None = None,
 ) -> Outcome:
-    """Both ways over equal caches, on this rank of a group of `size`."""
-    return compare_loaded(*_loaded(path, dtype, size), batch, schedule, lanes or HostLanes(overlaps=overlaps))
+    """Both ways over equal caches, on this rank of a group of `size`; of a schedule without a cut, `wanted` rows."""
+    return compare_loaded(*_loaded(path, dtype, size), batch, schedule, lanes or HostLanes(overlaps=overlaps), wanted)
 
 
 def compare_loaded(
-    model: Decoder, pipeline: Pipeline, config: EngineConfig, batch: RandomBatch, schedule: str, lanes: Lanes
+    model: Decoder,
+    pipeline: Pipeline,
+    config: EngineConfig,
+    batch: RandomBatch,
+    schedule: str,
+    lanes: Lanes,
+    wanted: tuple[int, ...] | None = None,
 ) -> Outcome:
     """Both ways over equal caches, of a model that is there."""
     parsed = Schedule.parse(schedule)
@@ -108,12 +123,18 @@ def compare_loaded(
         step, kv_cache = _step(batch, config)
         plain_TE = model(plain_step)
         cut = parsed.cut.scaled(step.num_decodes, len(step.tokens) - step.num_decodes)
-        ordered_TE = pipeline.run(step, parsed, lanes, Stopwatch())
-        order = torch.from_numpy(cut.positions_of(torch.arange(len(step.tokens)).numpy()))
-        hidden_TE = model.norm(ordered_TE[order])
+        if wanted is None:
+            ordered_TE = pipeline.run(step, parsed, lanes, Stopwatch())
+            order = torch.from_numpy(cut.positions_of(torch.arange(len(step.tokens)).numpy()))
+            hidden_TE = model.norm(ordered_TE[order])
+        else:
+            wanted_K = torch.tensor(wanted, dtype=torch.int64)
+            hidden_TE = model.norm(pipeline.run(step, parsed, lanes, Stopwatch(), wanted_K))
+            plain_TE = plain_TE[wanted_K] if len(hidden_TE) == len(wanted) else plain_TE
         tokens = [model.logits(states).argmax(dim=-1).tolist() for states in (plain_TE, hidden_TE)]
     caches = zip((*plain_cache.keys, *plain_cache.values), (*kv_cache.keys, *kv_cache.values), strict=True)
     return Outcome(
+        num_rows=len(hidden_TE),
         relative_error=_error(hidden_TE, plain_TE),
         cache_error=max(_error(ours, plain) for plain, ours in caches),
         is_identical=torch.equal(hidden_TE, plain_TE),
@@ -123,12 +144,20 @@ def compare_loaded(
 
 
 def _error(ours: Tensor, plain: Tensor) -> float:
-    return ((ours - plain).abs().max() / plain.abs().max()).item()
+    return ((ours - plain).abs().max() / plain.abs().max()).item() if plain.numel() else 0.0
 
 
-def compare_on_rank(_: object, path: Path, dtype: DType, batch: RandomBatch, schedule: str, overlaps: bool) -> Outcome:
+def compare_on_rank(
+    _: object,
+    path: Path,
+    dtype: DType,
+    batch: RandomBatch,
+    schedule: str,
+    overlaps: bool,
+    wanted: tuple[int, ...] | None = None,
+) -> Outcome:
     """`compare` as a rank of a `LocalGroup`."""
-    return compare(path, dtype, batch, schedule, overlaps=overlaps, size=dist.get_world_size())
+    return compare(path, dtype, batch, schedule, overlaps=overlaps, size=dist.get_world_size(), wanted=wanted)
 
 
 @cache

@@ -110,6 +110,38 @@ def test_one_operation_after_the_other_is_the_plain_model_to_the_bit(
     assert outcome.cache_error == 0
 
 
+@pytest.mark.parametrize("architecture", Architecture)
+@pytest.mark.parametrize("wanted", [(0, 2, 12), (19,), (), (5, 4, 3)])
+def test_rows_that_nobody_wants_end_at_the_last_attention(
+    architecture: Architecture, wanted: tuple[int, ...], checkpoints: dict[Architecture, Path]
+) -> None:
+    schedule = str(sequential_schedule(planned_graph(checkpoints[architecture], 1)))
+    outcome = compare(checkpoints[architecture], DType.FLOAT64, MIXED, schedule, overlaps=True, wanted=wanted)
+    assert outcome.num_rows == len(wanted)
+    assert_equal(outcome, DType.FLOAT64)
+    assert outcome.cache_error == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [(0, 19), ()])
+def test_rows_that_nobody_wants_on_two_ranks(
+    wanted: tuple[int, ...], checkpoints: dict[Architecture, Path], ranks: LocalGroup
+) -> None:
+    path = checkpoints[Architecture.QWEN3_MOE]
+    schedule = str(sequential_schedule(planned_graph(path, 2)))
+    for outcome in ranks.run(compare_on_rank, path, DType.FLOAT64, MIXED, schedule, True, wanted):
+        assert outcome.num_rows == len(wanted)
+        assert_equal(outcome, DType.FLOAT64)
+
+
+def test_rows_are_left_out_only_where_that_is_most_of_them(checkpoints: dict[Architecture, Path]) -> None:
+    schedule = str(sequential_schedule(planned_graph(checkpoints[Architecture.LLAMA], 1)))
+    outcome = compare(
+        checkpoints[Architecture.LLAMA], DType.FLOAT64, MIXED, schedule, overlaps=True, wanted=tuple(range(10))
+    )
+    assert outcome.num_rows == MIXED.num_tokens == 20
+
+
 def test_attention_before_the_writes_it_reads_computes_something_else(
     checkpoints: dict[Architecture, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
