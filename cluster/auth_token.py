@@ -15,7 +15,14 @@ _VALUE, _FILE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 def token_file(environment: Mapping[str, str] = os.environ) -> Path:
     """Where Ray reads it from unless RAY_AUTH_TOKEN holds it."""
-    return Path(environment.get(_FILE) or "~/.ray/auth_token").expanduser()
+    home = Path(environment.get("HOME") or Path.home())
+    return Path(environment.get(_FILE) or home / ".ray" / "auth_token").expanduser()
+
+
+def has_token(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a process with these variables has one to show."""
+    path = token_file(environment)
+    return bool(environment.get(_VALUE)) or (path.is_file() and bool(path.read_text().strip()))
 
 
 def make_token(environment: Mapping[str, str] = os.environ) -> None:
@@ -35,10 +42,9 @@ def make_token(environment: Mapping[str, str] = os.environ) -> None:
 
 def require_token(environment: Mapping[str, str] = os.environ) -> None:
     """Raise `ConfigError` where there is none."""
-    path = token_file(environment)
-    if environment.get(_VALUE) or (path.is_file() and path.read_text().strip()):
+    if has_token(environment):
         return
     raise ConfigError(
-        f"{path} has no token of the Ray cluster to join. Copy the head's file there (mode 0600); ray_cluster.yaml "
-        "does so by `cluster_synced_files`."
+        f"{token_file(environment)} has no token of the Ray cluster to join. Copy the head's file there (mode 0600); "
+        "ray_cluster.yaml does so by `cluster_synced_files`."
     )

@@ -3,8 +3,9 @@
 It is the output of ssh and of the commands on the workers, among Ray's own lines, which begin with a time.
 """
 
-import os
 from pathlib import Path
+
+from cluster.state_directory import ray_directory
 
 RESTARTED = "nanoserve ray start: the autoscaler was started again."
 _FAILED = "update-failed"
@@ -13,7 +14,7 @@ _SIGNS = ("nanoserve: ", "ssh: ", "rsync error", "bash: ")
 
 def autoscaler_log() -> Path:
     """Of the cluster whose head is this machine."""
-    return Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs" / "monitor.out"
+    return ray_directory() / "session_latest" / "logs" / "monitor.out"
 
 
 def current_part(log: Path) -> str:

@@ -7,6 +7,7 @@ update. `ray_cluster.yaml` runs it on the head; it waits for the workers that th
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +17,13 @@ import typer
 from cluster.autoscaler_log import autoscaler_log, complaints, current_part, has_given_up
 from cluster.config import ServingConfig
 from cluster.launch_file import LaunchFile
+from cluster.monitoring import point_prometheus_at
 from cluster.narrator import Narrator, StartError
 from cluster.ray_environment import serving_environment
-from cluster.ray_node import ROOT, head_address, running_node
+from cluster.ray_node import ROOT, cluster_variables, head_address, running_node
 from cluster.serving import check_cluster, check_port, local_url
 from cluster.start_display import StartDisplay
+from cluster.state_directory import state_directory
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import check_tracing
 from engine import ConfigError, DeviceKind, check_checkpoint
@@ -46,25 +49,28 @@ def deploy(
     check_tracing(config.tracing)
     Tokenizer.load(config.model)
     num_nodes = 1 if cluster_file is None else 1 + LaunchFile.load(cluster_file).min_workers
-    _connect(address)
+    is_here = _connect(address)
     try:
         if _deploy(config, num_nodes, wait_seconds, display):
             display.ready(config, local_url(config.host, config.port))
         else:
             display.say(f"{config.names[0]} is served already, with this recipe and this code: nothing to do.")
+        if is_here:
+            point_prometheus_at(local_url(config.host, config.port), state_directory(), ROOT)
     finally:
         display.stop()
         _disconnect()
 
 
-def _connect(address: str | None) -> None:
-    node = running_node()
+def _connect(address: str | None) -> bool:
+    """Join the cluster; whether it is the one that `nanoserve ray start` started here."""
+    node = running_node() if address is None else None
     if address is not None:
         environment = serving_environment()
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray decides by what files there are
     elif node is not None:
         address = head_address(node)
-        environment = {key: value for key, value in node.environment.items() if key.startswith("RAY_")}
+        environment = cluster_variables(node)
     else:
         raise ConfigError(
             "No Ray of ours runs on this machine: start it (`nanoserve ray start --head`, or `ray up ray_cluster.yaml` "
@@ -78,6 +84,7 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, namespace="nanoserve", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"The Ray cluster at {address} cannot be joined: {error}") from None
+    return node is not None
 
 
 def _disconnect() -> None:
@@ -115,7 +122,7 @@ def _deploy(config: ServingConfig, num_nodes: int, wait_seconds: float, narrator
     deployment.start(application)
     deployment.wait_until_ready()
     if running is not None:
-        _wait_for_update(lambda: serve.status().applications[app.APPLICATION])
+        _wait_for_update(lambda: serve.status().applications.get(app.APPLICATION))
     replace(new, is_ready=True).write()
     return True
 
@@ -145,10 +152,20 @@ def _wait_for_nodes(nodes: Any, wanted: int, wait_seconds: float, narrator: Narr
         time.sleep(_POLL_SECONDS)
 
 
-def _wait_for_update(find: Any) -> None:
-    """Return when no replica of the earlier deployment serves any more."""
+def _wait_for_update(find: Callable[[], Any]) -> None:
+    """Return when no replica of the earlier deployment serves any more; `find` asks Serve for the application."""
+    from cluster.deployment import what_serve_says
+
     deadline = time.monotonic() + UPDATE_SECONDS
-    while (status := find().status.value) != "RUNNING":
+    while True:
+        application = find()
+        if application is None:
+            raise StartError("The application was taken from the cluster while its replicas were replaced.")
+        status = application.status.value
+        if status == "RUNNING":
+            return
+        if status == "DEPLOY_FAILED":  # Serve has given up, and will not try again
+            raise StartError(f"The earlier replicas could not all be replaced: {what_serve_says(application)}")
         if time.monotonic() > deadline:
             raise StartError(f"The new replicas serve, but after {UPDATE_SECONDS:.0f} s the application is {status}.")
         time.sleep(_POLL_SECONDS)

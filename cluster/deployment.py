@@ -53,7 +53,7 @@ class Deployment:
         silent_until = time.monotonic() + SILENCE_SECONDS
         obstacle = ""
         while True:
-            by_replica = startup.read_reports()
+            by_replica = startup.read_reports().by_replica
             num_ready = self._tell(by_replica.values())
             if num_ready >= self._config.replicas:
                 ready_since = ready_since or time.monotonic()
@@ -82,7 +82,7 @@ class Deployment:
                 raise report.error
             if report.doing and report.ready_at is None:
                 self._narrator.doing(report.doing)
-        num_ready = sum(report.ready_at is not None for report in reports)
+        num_ready = sum(report.ready_at is not None and not report.is_lost for report in reports)
         done, total = sum(report.done for report in reports), sum(report.total for report in reports)
         self._narrator.loading(done, total, num_ready, self._config.replicas)
         return num_ready
@@ -100,6 +100,11 @@ class Deployment:
 def _failure(application: Any) -> str | None:
     if application is None or application.status.value not in {"DEPLOY_FAILED", "UNHEALTHY"}:
         return None
+    return what_serve_says(application)
+
+
+def what_serve_says(application: Any) -> str:
+    """Of an application that is not well: what went wrong with its deployments, or with all of it."""
     return _messages(application) or application.message or f"The application is {application.status.value}."
 
 

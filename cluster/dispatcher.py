@@ -49,13 +49,16 @@ class Dispatcher:
         on_routed: Callable[[str, int], None] = lambda replica_id, cached_tokens: None,
         pace: WritePace | None = None,
         on_replica: Callable[[ReplicaEvent], None] = lambda event: None,
+        on_gone: Callable[[str], None] = lambda replica_id: None,
     ) -> None:
+        """`on_gone` hears of each replica that Serve has taken from its list: nothing will be sent there again."""
         self._policy = policy
         self._connect = connect
         self._metrics = metrics
         self._on_routed = on_routed
         self._pace = pace or WritePace()
         self._on_replica = on_replica
+        self._on_gone = on_gone
         self._streams: dict[str, ReplicaStream] = {}
         self._draining: dict[str, ReplicaStream] = {}
         self._open: dict[RequestId, _OpenRequest] = {}
@@ -142,6 +145,7 @@ class Dispatcher:
             self._forget(replica_id, ReplicaEvent.LEFT)
             self._draining[replica_id] = self._streams.pop(replica_id)
             self._close_if_drained(replica_id)
+            self._on_gone(replica_id)
 
     async def close(self) -> None:
         """End every stream and every open request."""
@@ -163,7 +167,7 @@ class Dispatcher:
     def on_message(self, replica_id: str, message: StepMessage) -> None:
         """What one step produced, for all calls."""
         self._policy.observe(replica_id, message.load)
-        if message.ingresses is not None:
+        if message.ingresses is not None and replica_id in self._streams:  # else nobody would forget them
             self._ingresses_of[replica_id] = message.ingresses
         touched: set[OpenCall] = set()
         for output in unpack(message.outputs):

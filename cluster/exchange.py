@@ -109,7 +109,8 @@ class Exchange:
             {_SPAN_NAMES.get(name, f"nanoserve.{name}"): value for name, value in traced.items()},
             None if self._failure is None else facts["cause"],
         )
-        level = logging.INFO if self._failure is None else logging.WARNING
+        # Of calls that nobody was there to take, `RefusalLog` warns for all together.
+        level = logging.INFO if self._failure is None or isinstance(self._failure, ApiError) else logging.WARNING
         if status < 400 and not self._path.startswith(_API_PREFIX):
             level = logging.DEBUG  # probes, scrapes and pages, every few seconds
         if not logger.isEnabledFor(level):

@@ -5,7 +5,6 @@ a text to continue otherwise or with `--raw`.
 """
 
 import asyncio
-import os
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from cluster.config import ServingConfig
 from cluster.stop_strings import StopStrings
 from cluster.tokenizer import Tokenizer
-from engine import EngineConfig, InlineExecutor, LLMEngine, Request, RequestId, SamplingParams
+from engine import EngineConfig, InlineExecutor, LLMEngine, Request, RequestId, SamplingParams, num_usable_cpus
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -76,7 +75,7 @@ def _engine_config(model: Path, dtype: str, kv_cache_dtype: str, device: str, pi
         "plan_seconds": 0,
     }
     recipe = ServingConfig.parse(settings, where="command line")
-    return recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=os.cpu_count())
+    return recipe.engine_config(recipe.resolve_device(_num_gpus()), num_threads=num_usable_cpus())
 
 
 async def _print_text(config: EngineConfig, tokenizer: Tokenizer, request: Request, stops: StopStrings) -> None:

@@ -20,9 +20,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path:
-    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH, on a node with this `address` in its cluster."""
+    """The executable to name in RAY_SERVE_HAPROXY_BINARY_PATH, on a node with this `address` in its cluster.
+
+    `binary` may be one that was written before: where that variable is set already, in an image or below a server,
+    Serve's package names it as HAProxy. Raises `ConfigError` for one that leads to no program.
+    """
     from cluster.api_error import ApiError
 
+    binary = _program(binary)
     error = ApiError.unavailable("No process is there to take the request. Please try again.", 2.0)
     lines = [
         "HTTP/1.1 503 Service Unavailable",
@@ -38,6 +43,41 @@ def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path
     script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
+
+
+def _program(binary: str) -> str:
+    """The program itself, behind any number of wrappers. One around itself would start itself for ever."""
+    from engine import ConfigError
+
+    seen = [binary]
+    while (behind := _wrapped(Path(seen[-1]))) is not None:
+        if behind in seen:
+            raise ConfigError(
+                f"{seen[-1]} is to become HAProxy, but only starts {behind} again: unset "
+                "RAY_SERVE_HAPROXY_BINARY_PATH, and remove that file."
+            )
+        seen.append(behind)
+    return seen[-1]
+
+
+def _wrapped(executable: Path) -> str | None:
+    """What a wrapper of ours becomes; None for a program."""
+    try:
+        with executable.open("rb") as file:
+            interpreter, _, command = file.read(4096).partition(b"\n")
+    except OSError:
+        return None  # Serve says so better, when it starts it
+    if interpreter != b"#!/bin/sh" or not command.startswith(b"exec "):
+        return None
+    try:
+        words = shlex.split(command.decode(errors="replace"))
+    except ValueError:  # a quote that is not closed: more than ours, which is one line
+        return None
+    match words:
+        case ["exec", _, "-I", "-S", program, _, _, binary, "$@"] if Path(program).name == Path(__file__).name:
+            return binary
+        case _:
+            return None  # somebody else's, who knows why
 
 
 def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:

@@ -28,6 +28,7 @@ from cluster.metrics import CALL_ROUTES, IngressMetrics
 from cluster.metrics_discovery import target_groups
 from cluster.open_call import OpenCall
 from cluster.recent_latencies import RecentLatencies
+from cluster.refusal_log import RefusalLog
 from cluster.reply import KEEP_ALIVE_FRAME
 from cluster.served_model import ServedModel, find_model, model_card, model_list
 from cluster.status.cluster_watch import ClusterWatch, Deployment
@@ -62,6 +63,7 @@ class Ingress:
     ) -> None:
         deployment = deployment or Deployment(models=tuple(models))
         self.latencies = RecentLatencies()
+        self.refusals = RefusalLog()
         self.watch = ClusterWatch(deployment, dispatcher, self.latencies)
         self.step_picture = StepPicture(dispatcher, deployment.models[0])
         self.models = models
@@ -92,7 +94,9 @@ class Ingress:
         try:
             return self.dispatcher.open(call.requests, exchange)
         except NoReplicaError:
-            raise ApiError.unavailable("No replica of the model is ready.", 2.0) from None
+            reason = "No replica of the model is ready."
+            self.refusals.refused(reason)
+            raise ApiError.unavailable(reason, 2.0) from None
 
 
 class CallResponse(Response):

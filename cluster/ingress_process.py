@@ -55,6 +55,7 @@ class IngressProcess:
             MetricsTarget("ingress", ingress_id, self._endpoint.address),
             metrics.routed,
             on_replica=metrics.replica_changed,
+            on_gone=metrics.replica_gone,
         )
         ReplicaBoard.named(board).listen(self._dispatcher.set_replicas)
         model = ServedModel(

@@ -15,13 +15,12 @@ from typing import Any
 import yaml
 
 from cluster.config import ServingConfig
+from cluster.fixed_port import PORTS_OF_EVERY_NODE, PORTS_OF_HEAD
 from cluster.launch_file import LOCAL, LaunchFile
 from cluster.machine_probe import Machine, ProbeError, probe
 from cluster.placement import NodeResources, plan_placement
 from engine import CapacityError, ConfigError, DeviceKind
 
-HEAD_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
-NODE_PORTS = {8404: "HAProxy's statistics", 8500: "Serve's own proxy", 9101: "HAProxy's metrics"}
 ENVIRONMENT_BYTES = 10 << 30  # of Python packages with CUDA's libraries
 
 
@@ -91,7 +90,8 @@ def _machine_problems(launch: LaunchFile, machine: Machine, config: ServingConfi
         found.append(f"does not have {path}, which {launch.recipe} names as the model: copy or mount it there.")
     if not machine.is_node:
         is_head = machine.name == launch.head_reached_at
-        ports = dict(NODE_PORTS | HEAD_PORTS if is_head else NODE_PORTS)
+        wanted = PORTS_OF_EVERY_NODE + (PORTS_OF_HEAD if is_head else ())
+        ports = {port.number: port.purpose for port in wanted}
         if config is not None:
             ports[config.port] = "the API's"
         for port in sorted(machine.ports & ports.keys()):

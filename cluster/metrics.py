@@ -15,6 +15,7 @@ they may exceed it by. All of these are missing, not zero, where no GEMM peak wa
 device time (`TIMES_METRICS`) where no step measured them, as on GPUs.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -311,6 +312,11 @@ class IngressMetrics:
         """A request was sent to `replica`, which should have `cached_tokens` of its prompt."""
         self._decisions.labels(self._model, replica).inc()
         self._affinity_tokens.inc(cached_tokens)
+
+    def replica_gone(self, replica: str) -> None:
+        """`replica` will never be sent a request again: its series ends, or they would be as many as ever lived."""
+        with contextlib.suppress(KeyError):  # of one that was never sent any
+            self._decisions.remove(self._model, replica)
 
 
 class RouterCollector(Collector):

@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.fixed_port import HAPROXY_METRICS
 from cluster.step_message import MetricsTarget
 
 PROCESS_LABEL = "nanoserve_process"
 HAPROXY = "haproxy"
-_HAPROXY_PORT = "9101"  # Serve's default
 
 
 def target_groups(
@@ -22,7 +22,7 @@ def target_groups(
     """The answer, from the endpoints that an ingress knows and the HAProxy in front of each ingress."""
     groups = [{"targets": [target.address], "labels": {PROCESS_LABEL: target.kind}} for target in targets]
     if environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        port = environment.get("RAY_SERVE_HAPROXY_METRICS_PORT", _HAPROXY_PORT)
+        port = environment.get("RAY_SERVE_HAPROXY_METRICS_PORT", HAPROXY_METRICS.number)
         nodes = sorted({target.address.rpartition(":")[0] for target in targets if target.kind == "ingress"})
         groups += [{"targets": [f"{node}:{port}"], "labels": {PROCESS_LABEL: HAPROXY}} for node in nodes]
     return groups

@@ -1,20 +1,29 @@
 """Prometheus and Grafana beside a cluster's head, where they are installed: how they are to be run.
 
-They listen on loopback, read `deploy/prometheus.yml` and `dashboards/*.json`, and keep their data in a folder of ours.
-A Prometheus or Grafana of the user's own on the same port is left alone. `cluster.node_keeper` runs them.
+They listen on loopback, read `dashboards/*.json` and what `deploy/prometheus.yml` says, with this cluster's places in
+it, and keep their data in a folder of ours. A Prometheus or Grafana of the user's own on the same port is left alone.
+`cluster.node_keeper` runs them, and `nanoserve deploy` tells Prometheus where the API is.
 """
 
+import contextlib
+import os
 import secrets
 import shutil
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
+from cluster.marked_processes import marked_processes
+from cluster.state_directory import ray_directory
+
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 RETENTION = "15d"
+_SHIPPED, _CONFIGURATION = Path("deploy") / "prometheus.yml", "prometheus.yml"
 _GRAFANA_HOME = Path("/usr/share/grafana")
 
 
@@ -31,9 +40,12 @@ class Companion:
 def companions(directory: Path, root: Path) -> list[Companion]:
     """Those that are installed here, with what they need to know written under `directory`."""
     found = []
-    prometheus, configuration = shutil.which("prometheus"), root / "deploy" / "prometheus.yml"
-    if prometheus is not None and configuration.is_file():
+    prometheus = shutil.which("prometheus")
+    if prometheus is not None and (root / _SHIPPED).is_file():
         data = directory / "prometheus"
+        configuration = directory / _CONFIGURATION
+        if not configuration.exists():  # else the API is where it was, until a deployment says otherwise
+            configuration.write_text(prometheus_configuration(root))
         options = {
             "config.file": configuration,
             "storage.tsdb.path": data,
@@ -50,6 +62,36 @@ def companions(directory: Path, root: Path) -> list[Companion]:
         environment = _grafana_environment(directory / "grafana", root / "dashboards")
         found.append(Companion(name="Grafana", port=GRAFANA_PORT, command=command, environment=environment))
     return found
+
+
+def prometheus_configuration(root: Path, api: str | None = None) -> str:
+    """What is shipped, readable from another folder, for an API at the URL `api` (as it is shipped unless given)."""
+    values = yaml.safe_load((root / _SHIPPED).read_text())
+    values["rule_files"] = [str(root / _SHIPPED.parent / name) for name in values.get("rule_files", ())]
+    for job in values["scrape_configs"]:
+        for discovery in job.get("http_sd_configs", ()) if api is not None else ():
+            discovery["url"] = api + urlsplit(discovery["url"]).path
+        for discovery in job.get("file_sd_configs", ()):
+            discovery["files"] = [str(ray_directory() / Path(name).name) for name in discovery["files"]]
+    written: str = yaml.safe_dump(values, sort_keys=False)
+    return written
+
+
+def point_prometheus_at(api: str, directory: Path, root: Path) -> None:
+    """Have the Prometheus that runs here, if one of ours does, follow the API at the URL `api`."""
+    configuration = directory / _CONFIGURATION
+    if not configuration.exists():
+        return
+    wanted = prometheus_configuration(root, api)
+    if configuration.read_text() == wanted:
+        return
+    fresh = configuration.with_suffix(".new")
+    fresh.write_text(wanted)
+    fresh.replace(configuration)
+    for process in marked_processes():
+        if process.runs("prometheus"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.process_id, signal.SIGHUP)  # it reads its configuration again
 
 
 def is_free(port: int) -> bool:

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from cluster import launch_check, ray_node
+from cluster.fixed_port import RAY_HEAD
 from cluster.node_keeper import start_keeper
 from cluster.ray_node import RayNode
 from cluster.start_display import StartDisplay
+from cluster.state_directory import state_directory
 from engine import ConfigError
 
 EXIT_PROBLEMS = 2
@@ -26,7 +28,7 @@ def start(
     context: typer.Context,
     head: Annotated[bool, typer.Option("--head", help="This machine is the cluster's head.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a worker: the head's host:port.")] = None,
-    port: Annotated[int, typer.Option(help="Of the head: the port others join at.")] = 6379,
+    port: Annotated[int, typer.Option(help="Of the head: the port others join at.")] = RAY_HEAD.number,
     node_ip_address: Annotated[str | None, typer.Option(help="This machine's address for the others.")] = None,
     autoscaling_config: Annotated[
         Path | None, typer.Option(help="Of the head: what `ray up` leaves at ~/ray_bootstrap_config.yaml.")
@@ -48,7 +50,7 @@ def start(
     display.say(f"Ray {'runs' if is_new else 'ran already'} at {node.address} as {role}.")
     raylet = ray_node.running_node()
     if raylet is not None:
-        for line in start_keeper(ray_node.state_directory(), raylet):
+        for line in start_keeper(state_directory(), raylet):
             display.say(line)
 
 

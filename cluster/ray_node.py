@@ -20,15 +20,16 @@ from pathlib import Path
 
 from cluster.auth_token import make_token, require_token
 from cluster.autoscaler_log import RESTARTED, autoscaler_log
+from cluster.fixed_port import RAY_DASHBOARD, RAY_HEAD
 from cluster.launch_file import LOCAL, LaunchFile, is_loopback
 from cluster.marked_processes import MARK, MarkedProcess, end_marked, marked_processes, start_apart
 from cluster.narrator import StartError
 from cluster.ray_environment import shared_environment
+from cluster.state_directory import state_directory
 from engine import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
-DASHBOARD_PORT = 8265
 HEAD_MARK = "head-"
 _OBJECT_STORE_BYTES = 200 << 20  # nothing of ours travels through Ray's object store
 
@@ -70,7 +71,9 @@ class RayNode:
         """A worker: at `address`, else at the one of its addresses from which the way to the head begins."""
         host, _, port = head.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigError(f"--address {head!r}: write the head's host and port, such as 10.0.0.1:6379.")
+            raise ConfigError(
+                f"--address {head!r}: write the head's host and port, such as 10.0.0.1:{RAY_HEAD.number}."
+            )
         host = _resolve(host)
         return cls(head=f"{host}:{port}", is_head=False, address=address or _route(host), arguments=arguments)
 
@@ -100,6 +103,11 @@ def running_node() -> MarkedProcess | None:
 def head_address(raylet: MarkedProcess) -> str:
     """Host and port of its cluster's head."""
     return next(word.partition("=")[2] for word in raylet.command if word.startswith("--gcs-address="))
+
+
+def cluster_variables(raylet: MarkedProcess) -> dict[str, str]:
+    """What a process must have in its environment to talk to its cluster; not the token, which is in a file."""
+    return {key: value for key, value in raylet.environment.items() if key.startswith("RAY_")}
 
 
 def start(node: RayNode) -> bool:
@@ -132,18 +140,6 @@ def start(node: RayNode) -> bool:
 def stop() -> int:
     """End all that `start` started on this machine, and nothing else of Ray; how many processes there were."""
     return sum(end_marked(mark) for mark in {process.mark for process in marked_processes()})
-
-
-def state_directory() -> Path:
-    """HAProxy's files, and what Prometheus and Grafana keep. Short, since it holds sockets."""
-    directory = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / f"nanoserve-{os.getuid()}"
-    directory.parent.mkdir(mode=0o777, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # anybody may write where it lies
-        raise ConfigError(
-            f"{directory} is a link, or belongs to somebody else: remove it, or set RAY_TMPDIR to another folder."
-        )
-    return directory
 
 
 def _mark(node: RayNode, environment: Mapping[str, str]) -> str:
@@ -181,7 +177,7 @@ def _check_port(node: RayNode) -> None:
     if node.is_head:
         _check_free(host, int(port), "--port")
         if not any(word.startswith(("--dashboard-", "--include-dashboard")) for word in node.arguments):
-            _check_free("127.0.0.1", DASHBOARD_PORT, "--dashboard-port")
+            _check_free("127.0.0.1", RAY_DASHBOARD.number, "--dashboard-port")
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

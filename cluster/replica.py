@@ -5,6 +5,7 @@ wires Ray's context to the parts that know no Ray, and nothing else.
 """
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -48,7 +49,7 @@ class Replica:
         bind_replica_server_to_node()
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
         log_with_serve()
-        report = StartupReport(self.replica_id)
+        self._report = report = StartupReport(self.replica_id)
         meter = MemoryMeter()
         try:
             engine_config = config.engine_config(device, placement.threads_per_rank)
@@ -94,13 +95,20 @@ class Replica:
 
     def check_health(self) -> None:
         """Serve's hook: raises when this replica must be replaced."""
-        self._host.check()
+        try:
+            self._host.check()
+        except EngineDeadError:
+            self._report.lost()  # before Serve begins with another in its place
+            raise
 
     async def __del__(self) -> None:
         """Serve's hook at the end of a replica that was drained."""
         if hasattr(self, "_host"):
             self._endpoint.close()
             self._door.close()
+            with contextlib.suppress(EngineDeadError):  # the report of one that was lost stays, to be counted
+                self._host.check()
+                self._report.withdraw()
             await self._host.close()
             await asyncio.to_thread(self._tracing.close)
 

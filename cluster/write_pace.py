@@ -7,9 +7,10 @@ fast steps, tokens of several steps go out together, never later than a reader w
 
 import asyncio
 import math
-import os
 from collections.abc import Iterable
 from typing import Protocol
+
+from engine import num_usable_cpus
 
 _WRITE_SECONDS = 50e-6
 # Of all cores, and at most, that writing may take.
@@ -34,7 +35,7 @@ class WritePace:
     """Wakes calls in which something arrived, together. For one event loop."""
 
     def __init__(self, num_cores: int | None = None) -> None:
-        self._num_cores = num_cores or os.cpu_count() or 1
+        self._num_cores = num_cores or num_usable_cpus()
         self._due: set[Waking] = set()
         self._last = -math.inf
         self._timer: asyncio.TimerHandle | None = None

@@ -20,6 +20,7 @@ from engine.errors import (
 from engine.executor import CacheCapacity, Executor
 from engine.finished_request import FinishedRequest
 from engine.fp8_support import check_cpu
+from engine.host_cpus import num_usable_cpus
 from engine.host_memory import resident_memory
 from engine.inline_executor import InlineExecutor
 from engine.llm_engine import LLMEngine, OutputSink
@@ -92,5 +93,6 @@ __all__ = [
     "check_host_memory",
     "draw_notice",
     "draw_recorded_step",
+    "num_usable_cpus",
     "resident_memory",
 ]

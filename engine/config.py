@@ -3,12 +3,12 @@
 It knows no file format: `cluster.config` reads recipes, `engine.model_config` reads checkpoints.
 """
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.host_cpus import num_usable_cpus
 from engine.model_config import DType, ModelConfig
 from engine.number_format import NumberFormat
 
@@ -159,4 +159,4 @@ class EngineConfig:
     @property
     def threads_per_rank(self) -> int:
         """CPU threads each rank computes with."""
-        return self.num_threads or max(1, (os.cpu_count() or 1) // self.tensor_parallel)
+        return self.num_threads or max(1, num_usable_cpus() // self.tensor_parallel)

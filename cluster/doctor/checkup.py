@@ -14,10 +14,17 @@ from cluster.doctor.gpu_system import judge_gpus
 from cluster.doctor.leftovers import judge_leftovers, read_leftovers
 from cluster.doctor.open_files import judge_open_file_limit, read_open_file_limit
 from cluster.doctor.ports import RAY_PORTS, WantedPort, judge_ports, read_ports
-from cluster.doctor.ray_cluster import judge_authentication, judge_cluster, read_authentication, read_cluster
+from cluster.doctor.ray_cluster import (
+    judge_authentication,
+    judge_cluster,
+    ray_to_join,
+    read_authentication,
+    read_cluster,
+)
 from cluster.doctor.server_health import judge_server, read_server
 from cluster.doctor.shared_memory import DEFAULT_PATH, judge_shared_memory, read_shared_memory
 from cluster.doctor.versions import judge_versions, read_versions
+from cluster.ray_node import running_node
 from engine import CompileMode, ConfigError, DeviceKind, cache_directory
 
 EXIT_STATUS = {Level.OK: 0, Level.WARNING: 1, Level.ERROR: 2}
@@ -27,7 +34,8 @@ Check = Callable[[], Finding | Sequence[Finding]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkup:
-    """`model` is a recipe or a checkpoint's directory, `address` a Ray cluster to join, `url` a running server."""
+    """`model` is a recipe or a checkpoint's directory, `address` a Ray cluster to join (else that of this
+    machine, where `ray up` has started one), `url` a running server."""
 
     model: Path | None = None
     address: str | None = None
@@ -58,6 +66,7 @@ class Checkup:
         device = self._device(config)
         is_here = self.address is None  # else ranks run on other machines, whose memory and GPUs are others
         num_gpus = _num_gpus(config, device) if is_here else None
+        address, variables = ray_to_join(self.address, running_node())
         places = [("Ray's sessions and logs", temporary_directory()), ("Plans and kernels", cache_directory())]
         yield "versions", lambda: judge_versions(read_versions())
         yield "gpu", lambda: judge_gpus(read_gpus(), num_wanted=num_gpus)
@@ -67,14 +76,13 @@ class Checkup:
         yield "compiler", lambda: judge_compiler(read_compiler(), is_wanted=_compiles(config, device))
         yield "ports", lambda: judge_ports(read_ports([self._wanted_port(config), *RAY_PORTS]))
         yield "leftovers", lambda: judge_leftovers(read_leftovers())
-        yield "ray cluster", lambda: judge_authentication(read_authentication())
+        yield "ray cluster", lambda: judge_authentication(read_authentication(variables))
         if config is not None:
             yield "checkpoint", lambda: judge_checkpoint(read_checkpoint(config, device, in_memory=is_here))
-        if self.address is not None:
-            address = self.address
+        if address is not None:
             is_on_gpus = config is not None and config.device == "cuda"
             wanted = config.replicas * config.tensor_parallel if config is not None and is_on_gpus else 0
-            yield "ray cluster", lambda: judge_cluster(read_cluster(address), wanted)
+            yield "ray cluster", lambda: judge_cluster(read_cluster(address, variables), wanted)
         if self.url is not None:
             url = self.url
             yield "server", lambda: judge_server(read_server(url))

@@ -22,7 +22,7 @@ def doctor(
     model: Annotated[Path | None, typer.Argument(help="A checkpoint's directory, or a recipe, to check too.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server to check too.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to check too (default: RAY_ADDRESS, else none).")
+        str | None, typer.Option(help="A Ray cluster to check too (default: RAY_ADDRESS, else that of `ray up` here).")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address the server shall listen on (default: 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port it shall listen on (default: 8000).")] = None,

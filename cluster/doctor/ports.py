@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from cluster.doctor.finding import Finding, error, ok, warning
 from cluster.doctor.socket_table import Process, SocketTable
+from cluster.fixed_port import PORTS_OF_EVERY_NODE, PORTS_OF_HEAD
 from cluster.serving import check_port, local_url
 from cluster.status.cluster_client import ClusterClient, NoAnswerError
 from engine import ConfigError
@@ -23,9 +24,9 @@ class WantedPort:
     expected: str = ""
 
 
-RAY_PORTS = (
-    WantedPort(port=6379, purpose="Ray's head (`ray start --head`, `ray up`)", expected="gcs_server"),
-    WantedPort(port=8265, purpose="Ray's dashboard", expected="dashboard"),
+RAY_PORTS = tuple(
+    WantedPort(port=port.number, purpose=f"{port.purpose} (`ray up`)", expected=port.program)
+    for port in PORTS_OF_HEAD + PORTS_OF_EVERY_NODE
 )
 
 

@@ -11,8 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.auth_token import has_token, token_file
 from cluster.doctor.clock import ClockOffset, judge_clocks, offset_of
 from cluster.doctor.finding import Finding, error, ok, warning
+from cluster.marked_processes import MarkedProcess
+from cluster.ray_node import cluster_variables, head_address
 from cluster.serving import check_cluster
 from engine import ConfigError
 
@@ -20,18 +23,17 @@ CHECK = "ray cluster"
 PROBE_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _REFUSAL = "InvalidAuthToken"
-_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_MODE = "RAY_AUTH_MODE"
 _SEND = "Give every node and client the same: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the same ~/.ray/auth_token)."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayAuthentication:
-    """What this environment says of Ray's token: RAY_AUTH_MODE, whether there is one to show, and ~/.ray/auth_token."""
+    """What an environment says of Ray's token: RAY_AUTH_MODE, whether there is one to show, and where its file is."""
 
     mode: str | None
     has_token: bool
     file: Path
-    has_file: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +57,33 @@ class RayCluster:
     clocks: tuple[ClockOffset, ...] = ()
 
 
+def ray_to_join(
+    address: str | None, raylet: MarkedProcess | None, environment: Mapping[str, str] = os.environ
+) -> tuple[str | None, Mapping[str, str]]:
+    """The cluster to look at and the variables to join it with: `raylet` is what `nanoserve ray start` runs here.
+
+    As for `nanoserve deploy`, its cluster is the one that is meant where none is named, and is joined as it was
+    started, whatever this shell says.
+    """
+    if raylet is None or address not in (None, head_address(raylet)):
+        return address, environment
+    return head_address(raylet), dict(environment) | cluster_variables(raylet)
+
+
 def read_authentication(environment: Mapping[str, str] = os.environ) -> RayAuthentication:
-    """Of this shell."""
-    file = Path(environment.get("HOME", "~")).expanduser() / ".ray" / "auth_token"
-    given = Path(environment.get(_TOKEN_PATH) or file)
+    """Of processes with these variables."""
     return RayAuthentication(
-        mode=environment.get(_MODE) or None,
-        has_token=bool(environment.get(_TOKEN)) or given.is_file(),
-        file=file,
-        has_file=file.is_file(),
+        mode=environment.get(_MODE) or None, has_token=has_token(environment), file=token_file(environment)
     )
 
 
 def judge_authentication(authentication: RayAuthentication) -> list[Finding]:
-    """The trap: with the file and without the variable, `ray start` asks for a token that other nodes do not know."""
+    """The trap: with a token and without the mode, `ray start` asks for one that other nodes do not know."""
     where = f"${_MODE}, {authentication.file}"
     if authentication.mode == "token" and not authentication.has_token:
         remedy = f"Make one (`RAY_AUTH_MODE=token ray get-auth-token --generate`). {_SEND}"
         return [error(CHECK, "RAY_AUTH_MODE is token, but there is no token.", where, remedy)]
-    if authentication.mode is None and authentication.has_file:
+    if authentication.mode is None and authentication.has_token:
         found = "RAY_AUTH_MODE is not set, but there is a token: `ray start` turns authentication on by itself."
         remedy = "Say which on every node: RAY_AUTH_MODE=token with the same token, or RAY_AUTH_MODE=disabled."
         return [warning(CHECK, found, where, remedy)]

@@ -81,7 +81,9 @@ class IngressView(_View):
 
 
 class ClusterView(_View):
-    """Everything. `num_restarts` counts replicas started beyond the `num_wanted` that were asked for."""
+    """Everything. `num_restarts` counts replicas that took the place of one that was lost or did not start, since the
+    application was deployed; those that scaling adds or removes do not count.
+    """
 
     object: Literal["nanoserve.cluster"] = "nanoserve.cluster"
     time: float

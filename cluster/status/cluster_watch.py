@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from cluster.dispatcher import Dispatcher
 from cluster.recent_latencies import WINDOW_SECONDS, Percentiles, RecentLatencies
 from cluster.replica_report import Question, ReplicaReport
-from cluster.replica_start import ReplicaStart
+from cluster.replica_start import ReplicaStart, ReplicaStarts
 from cluster.status.cluster_view import (
     ClusterView,
     IngressView,
@@ -33,12 +33,12 @@ _LONGEST_DETAIL = 300
 class Deployment:
     """What this application is: its models' names, the replicas that were asked for, and who tells of their starts.
 
-    `read_starts` blocks; every replica that was ever started since the application was deployed is in what it returns.
+    `read_starts` blocks; see `cluster.startup.read_reports`.
     """
 
     models: tuple[str, ...]
     num_replicas: int = 1
-    read_starts: Callable[[], Mapping[str, ReplicaStart]] = dict
+    read_starts: Callable[[], ReplicaStarts] = ReplicaStarts
 
 
 class ClusterWatch:
@@ -50,8 +50,8 @@ class ClusterWatch:
         self._latencies = latencies
         self._seeing: asyncio.Task[ClusterView] | None = None
         self._seen_at = float("-inf")
-        self._reading: asyncio.Task[Mapping[str, ReplicaStart]] | None = None
-        self._starts: Mapping[str, ReplicaStart] = {}
+        self._reading: asyncio.Task[ReplicaStarts] | None = None
+        self._starts = ReplicaStarts()
 
     async def view(self) -> ClusterView:
         """How the cluster is, or was less than `FRESH_SECONDS` ago."""
@@ -73,7 +73,7 @@ class ClusterWatch:
             if isinstance(answer, ReplicaReport)
         }
         draining = self._dispatcher.draining
-        replicas = replica_views(connected, draining, reports, starts, self._deployment.num_replicas)
+        replicas = replica_views(connected, draining, reports, starts.by_replica, self._deployment.num_replicas)
         self._seen_at = time.monotonic()
         return ClusterView(
             time=time.time(),
@@ -81,13 +81,13 @@ class ClusterWatch:
             models=self._deployment.models,
             num_wanted=self._deployment.num_replicas,
             num_ready=sum(replica.state is ReplicaState.READY for replica in replicas),
-            num_restarts=max(0, len(starts) - self._deployment.num_replicas),
+            num_restarts=starts.num_lost,
             total=load_of(list(reports.values())),
             replicas=replicas,
             ingress=self._ingress(),
         )
 
-    async def _read_starts(self) -> Mapping[str, ReplicaStart]:
+    async def _read_starts(self) -> ReplicaStarts:
         """The starts, or those known last where Ray's head is away: what serves goes on, and is to be seen.
 
         A read of a head that is away may last a minute. It is not waited for, nor is another begun beside it, since

@@ -1,6 +1,5 @@
 """`nanoserve plan`: the pipeline of a layer, searched for a device that need not be here, or from a profile."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from engine.commands.output_file import JsonFile, PictureFile, check_output_file, write_result, write_text
 from engine.errors import ConfigError
+from engine.host_cpus import num_usable_cpus
 from engine.model_config import ModelConfig
 from engine.model_shapes import MODEL_SHAPES, model_shape
 from engine.number_format import NumberFormat
@@ -151,7 +151,7 @@ def _device(
     if name == CPU:
         from engine.pipeline.measured_cpu import measure_cpu
 
-        return measure_cpu(number_format.dtype, threads or max(1, (os.cpu_count() or 1) // count), bandwidth)
+        return measure_cpu(number_format.dtype, threads or max(1, num_usable_cpus() // count), bandwidth)
     sheet = data_sheet(name)
     return sheet if bandwidth is None else replace(sheet, network_bandwidth=bandwidth)
 

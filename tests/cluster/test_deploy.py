@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -65,6 +67,32 @@ def test_a_machine_that_failed_ends_the_waiting_with_its_reason(log: Path) -> No
     with pytest.raises(StartError, match="another could not be started"):
         deploy._wait_for_nodes(arriving([A]), 2, 60.0, listener)
     assert listener.lines == ["A machine does not join: nanoserve: the disk of b is full"]
+
+
+def application(status: str, message: str = "", **deployments: str) -> Any:
+    """As Serve describes one; deployments by name, with what is said of them."""
+    told = {name: SimpleNamespace(message=text) for name, text in deployments.items()}
+    return SimpleNamespace(status=SimpleNamespace(value=status), message=message, deployments=told)
+
+
+def test_an_update_ends_when_serve_says_so(log: Path) -> None:
+    remaining = [application("DEPLOYING"), application("UNHEALTHY"), application("RUNNING")]
+    deploy._wait_for_update(lambda: remaining.pop(0))
+    assert not remaining
+
+
+@pytest.mark.parametrize(
+    ("failed", "reason"),
+    [
+        (application("DEPLOY_FAILED", "all of it", Replica="Rank 1 died: out of memory.", Ingress=""), "Rank 1 died"),
+        (application("DEPLOY_FAILED", "no such import"), "no such import"),
+        (None, "was taken from the cluster"),
+    ],
+)
+def test_an_update_that_failed_is_not_waited_for(log: Path, failed: Any, reason: str) -> None:
+    remaining = [application("DEPLOYING"), failed]
+    with pytest.raises(StartError, match=reason):
+        deploy._wait_for_update(lambda: remaining.pop(0))
 
 
 def test_recipe_and_code_make_the_fingerprint(tmp_path: Path) -> None:

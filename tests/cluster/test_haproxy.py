@@ -3,7 +3,10 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from cluster.haproxy import mend, write_wrapper
+from engine import ConfigError
 
 CONFIGURATION = """\
 defaults
@@ -47,3 +50,33 @@ def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_
     assert head.startswith(b"HTTP/1.1 503 ")
     assert f"Content-Length: {len(body)}".encode() in head
     assert b'"service_unavailable"' in body
+
+
+def test_one_that_was_written_before_is_not_wrapped_again(tmp_path: Path) -> None:
+    """As where a server is started below another, or in the image: RAY_SERVE_HAPROXY_BINARY_PATH names a wrapper."""
+    file, elsewhere = tmp_path / "haproxy.cfg", tmp_path / "elsewhere"
+    file.write_text(CONFIGURATION)
+    elsewhere.mkdir()
+    wrapper = write_wrapper(tmp_path, "/bin/echo")
+    once = wrapper.read_text()
+    assert write_wrapper(tmp_path, str(wrapper)).read_text() == once
+    other = write_wrapper(elsewhere, str(wrapper), "10.0.0.7")
+    command = [str(other), "-f", str(file)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert outcome.stdout == f"-f {file}\n"
+    assert str(wrapper) not in other.read_text()
+    assert "bind 10.0.0.7:9101" in file.read_text(), "and not where the one before had it"
+
+
+def test_somebody_elses_script_is_a_program(tmp_path: Path) -> None:
+    script = tmp_path / "tuned"
+    for text in ("#!/bin/sh\nexec /usr/sbin/haproxy\n", '#!/bin/sh\nexec nice -n 5 /usr/sbin/haproxy -L "x" "$@"\n'):
+        script.write_text(text)
+        assert str(script) in write_wrapper(tmp_path, str(script)).read_text()
+
+
+def test_one_that_would_only_start_itself_is_refused(tmp_path: Path) -> None:
+    wrapper = write_wrapper(tmp_path, "/bin/echo")
+    wrapper.write_text(wrapper.read_text().replace("/bin/echo", str(wrapper)))
+    with pytest.raises(ConfigError, match="unset RAY_SERVE_HAPROXY_BINARY_PATH"):
+        write_wrapper(tmp_path, str(wrapper))

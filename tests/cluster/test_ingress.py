@@ -173,10 +173,10 @@ async def test_a_client_that_leaves_ends_its_request_at_once(served: Pair, strea
     made.replica.executor._step_seconds = lambda batch: 0.01
     sending = asyncio.create_task(client.post("/v1/completions", json=completion(max_tokens=500, stream=stream)))
     await until(lambda: made.replica.num_open == 1)
-    await asyncio.sleep(0.05)
+    await until(lambda: made.replica.engine.stats().num_generated_tokens > 1)
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
-    await until(lambda: made.is_idle, 1.0)
+    await until(lambda: made.is_idle)
     stats = made.replica.engine.stats()
     assert stats.num_finished == {"abort": 1}
     assert stats.num_used_blocks == 0
@@ -244,7 +244,7 @@ async def test_token_counters_equal_the_usage_that_clients_saw(served: Pair) -> 
 async def test_a_long_wait_sends_signs_of_life(served: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     made, client = served
     monkeypatch.setattr(ingress_module, "KEEP_ALIVE_SECONDS", 0.05)
-    made.replica.executor._step_seconds = lambda batch: 0.2
+    made.replica.executor._step_seconds = lambda batch: 0.5
     async with client.stream("POST", "/v1/completions", json=completion(max_tokens=2, stream=True)) as response:
         lines = [line async for line in response.aiter_lines() if line]
     assert lines.count(": keep-alive") >= 3
@@ -293,3 +293,16 @@ async def test_a_bug_is_a_500_without_its_cause(served: Pair, caplog: pytest.Log
     assert response.status_code == 500
     assert "division" not in response.text
     assert "division" in caplog.text
+
+
+async def test_calls_that_no_replica_takes_have_one_warning_together(
+    served: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, client = served
+    made.dispatcher.set_replicas(frozenset())
+    with caplog.at_level(logging.INFO):
+        answers = [await client.post("/v1/completions", json=completion()) for _ in range(20)]
+    assert {answer.status_code for answer in answers} == {503}
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["Refused 1 call: No replica of the model is ready."]
+    assert caplog.text.count("POST /v1/completions 503") == 20, "each has its line as any other"

@@ -139,3 +139,8 @@ def test_ingress_counters_carry_the_model() -> None:
     assert value("replicas_ready") == 1
     assert value("routed_requests", replica="r1") == 2
     assert value("predicted_work_tokens", replica="r1") == 30
+    metrics.routed("r2", 0)
+    for _ in range(2):
+        metrics.replica_gone("r1")
+    assert value("routing_decisions_total", replica="r1") is None, "it ends with its replica"
+    assert value("routing_decisions_total", replica="r2") == 1, "and no other does"

@@ -110,14 +110,3 @@ def test_processes_are_found_and_ended_by_their_mark(marked: str) -> None:
     assert end_marked(f"{marked}-other") == 0
     assert end_marked(marked, patience=0.5) == 2
     assert not [process for process in marked_processes() if process.mark == marked]
-
-
-def test_the_folder_of_state_is_no_link_that_somebody_laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    directory = ray_node.state_directory()
-    assert directory == ray_node.state_directory()
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    directory.rmdir()
-    directory.symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="is a link"):
-        ray_node.state_directory()

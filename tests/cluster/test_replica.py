@@ -40,7 +40,7 @@ def request(name: str, max_tokens: int = 5, prompt: tuple[int, ...] = (1, 2, 3))
     )
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition was never met"
@@ -54,7 +54,14 @@ class Replicas:
         self.by_id = {replica.replica_id: replica for replica in replicas}
         self.policy = RoutingPolicy(prefix_affinity=False)
         self.events: list[ReplicaEvent] = []
-        self.dispatcher = Dispatcher(self.policy, self.by_id.__getitem__, INGRESS, on_replica=self.events.append)
+        self.gone: list[str] = []
+        self.dispatcher = Dispatcher(
+            self.policy,
+            self.by_id.__getitem__,
+            INGRESS,
+            on_replica=self.events.append,
+            on_gone=self.gone.append,
+        )
 
     async def start(self) -> None:
         for replica in self.by_id.values():
@@ -125,7 +132,7 @@ async def test_all_outputs_of_a_step_are_one_message() -> None:
     assert len(unpack(message.outputs)) == 8
     assert message.load.num_running == 8
     assert message.ingresses == (INGRESS,), "told once, and again when they change"
-    await asyncio.sleep(0.2)  # a slow ingress gets the remaining steps together
+    await until(lambda: not replica.num_open)  # a slow ingress gets the remaining steps together
     message = await anext(stream)
     assert isinstance(message, StepMessage)
     assert len(unpack(message.outputs)) == 8 * 4
@@ -152,7 +159,7 @@ async def test_leaving_a_call_aborts_it_in_the_engine(one: Replicas) -> None:
     with call:
         async for _ in call.with_pauses(5):
             break
-    await until(lambda: one.is_idle, 1.0)
+    await until(lambda: one.is_idle)
     assert one.by_id["a"].engine.stats().num_finished == {"abort": 1}
     assert one.by_id["a"].engine.stats().num_used_blocks == 0
 
@@ -182,7 +189,7 @@ async def test_a_stream_that_ends_takes_its_requests_with_it() -> None:
 async def test_a_lost_replica_ends_its_requests_and_only_those(two: Replicas) -> None:
     calls = {name: two.dispatcher.open([request(name, 300)]) for name in ("r0", "r1")}
     lost, other = (two.dispatcher._open[RequestId(name)].replica_id for name in ("r0", "r1"))
-    await asyncio.sleep(0.05)
+    await until(lambda: all(replica.num_open for replica in two.by_id.values()))
     two.by_id[lost].fail_with = ConnectionResetError("gone")
     results = await asyncio.gather(*[read(call) for call in calls.values()], return_exceptions=True)
     assert isinstance(results[0], EngineDeadError)
@@ -216,11 +223,11 @@ async def _refuse(*arguments: object) -> None:
 
 
 async def test_a_replica_that_leaves_finishes_what_it_has(two: Replicas) -> None:
-    calls = [two.dispatcher.open([request(name, 50)]) for name in ("r0", "r1")]
-    await asyncio.sleep(0.01)
+    calls = [two.dispatcher.open([request(name, 200)]) for name in ("r0", "r1")]
+    await until(lambda: all(replica.num_open for replica in two.by_id.values()))
     two.dispatcher.set_replicas(frozenset({"b"}))
     late = two.dispatcher.open([request("late")])
-    assert [sum(map(len, (await read(call)).values())) for call in [*calls, late]] == [50, 50, 5]
+    assert [sum(map(len, (await read(call)).values())) for call in [*calls, late]] == [200, 200, 5]
     assert len(two.by_id["a"].host._streams) == 0 or not two.by_id["a"].num_open
     await until(lambda: not two.by_id["a"].host._streams)
 
@@ -272,11 +279,17 @@ async def test_metrics_targets_name_every_process(two: Replicas) -> None:
     await anext(other)
     await until(lambda: len(two.dispatcher.metrics_targets) == 4)
     assert [target.process_id for target in two.dispatcher.metrics_targets] == ["i1", "i2", "a", "b"]
-    await other.aclose()
+    with two.dispatcher.open([request("r0", 400)]), two.dispatcher.open([request("r1", 400)]):
+        await until(lambda: all(replica.num_open for replica in two.by_id.values()))
+        two.dispatcher.set_replicas(frozenset({"b"}))
+        await other.aclose()  # of this "a" tells while it drains
+        await until(lambda: len(two.dispatcher.metrics_targets) == 2)
+        await until(lambda: not two.by_id["a"].num_open)
+    assert [target.process_id for target in two.dispatcher.metrics_targets] == ["i1", "b"], "nothing that left is kept"
 
 
 async def test_pauses_are_told(one: Replicas) -> None:
-    one.by_id["a"].executor._step_seconds = lambda batch: 0.2
+    one.by_id["a"].executor._step_seconds = lambda batch: 0.5
     call = one.dispatcher.open([request("slow", 2)])
     arrivals = [len(outputs) async for outputs in call.with_pauses(0.05)]
     assert arrivals.count(1) == 2
@@ -313,3 +326,4 @@ async def test_replicas_that_come_and_go_are_counted_once_each(two: Replicas) ->
     await until(lambda: not two.policy.replica_ids)
     two.dispatcher.set_replicas(frozenset())
     assert two.events[5:] == [lost], "one that was lost does not leave as well"
+    assert two.gone == ["a", "b"], "once Serve lists them no more, and not when they were lost"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "curl")
 SHARED_MEMORY = "512m"
-_SSHD_SECONDS = 20.0
+_SSHD_SECONDS = 60.0
+_STATE = Path(f"/tmp/nanoserve-{os.getuid()}")
 
 _SSHD = """\
 Port 22
@@ -30,13 +31,14 @@ StrictModes no
 AuthorizedKeysFile {directory}/authorized_keys
 """
 
-# The home directory is the host's own, and so is what Ray keeps at fixed places; the rest of the disk is shared.
+# The home directory is the host's own, and so is what Ray and we keep at fixed places; the rest of the disk is shared.
 _BOOT = """\
 set -e
 hostname {name}
 mount --bind {directory}/passwd /etc/passwd
 mount --bind {directory}/home {home}
 mount --bind {directory}/ray /tmp/ray
+mount --bind {directory}/state {state}
 mount -t tmpfs -o size={shared_memory} tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
@@ -76,8 +78,11 @@ class EmulatedHost:
         self.scratch = directory / "tmp"
         for part in (self.files / ".ssh", self.scratch, directory / "ray"):
             part.mkdir(parents=True)
+        self.state = directory / "state"  # cluster/state_directory.py
+        self.state.mkdir(mode=0o700)
         self.home.mkdir(exist_ok=True)
         Path("/tmp/ray").mkdir(exist_ok=True)  # to be covered by the host's own
+        _STATE.mkdir(mode=0o700, exist_ok=True)
         (self.files / ".bashrc").write_text(profile)
         self._write_passwd()
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / "host_key"))
@@ -101,7 +106,12 @@ class EmulatedHost:
         _run("ip", "netns", "add", self.name)
         _run("ip", "-n", self.name, "link", "set", "lo", "up")
         boot = _BOOT.format(
-            name=self.name, directory=self._directory, home=self.home, shared_memory=SHARED_MEMORY, sshd=_which("sshd")
+            name=self.name,
+            directory=self._directory,
+            home=self.home,
+            state=_STATE,
+            shared_memory=SHARED_MEMORY,
+            sshd=_which("sshd"),
         )
         command = ["ip", "netns", "exec", self.name, "unshare", "-mpfu", "--kill-child", "--mount-proc"]
         with (self._directory / "sshd.log").open("wb") as log:
@@ -163,7 +173,7 @@ class EmulatedHost:
 
     def listening(self) -> list[str]:
         """Addresses that accept connections, as `ss` writes them."""
-        shown = self.run("ss", "-Hltn", seconds=20).stdout
+        shown = self.run("ss", "-Hltn", seconds=60).stdout
         return sorted(line.split()[3] for line in shown.splitlines())
 
     def close(self) -> None:

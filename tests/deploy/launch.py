@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.prefix)
 PROFILE = f"export NANOSERVE_VENV={ENVIRONMENT}\n"  # an emulated machine does not install everything anew
 UP_SECONDS = 400.0
+MANY_GPUS = 1000  # no machine that tests run on has them
 DEMO = "deploy/models/demo.yaml"
 
 
@@ -47,16 +48,32 @@ def ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
-    """A `nanoserve ray` command at the project's root on a machine of the cluster."""
+def nanoserve(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
+    """A `nanoserve` command at the project's root on a machine of the cluster."""
     python = str(ENVIRONMENT / "bin" / "python")
-    return host.run(python, "-m", "cluster.cli", "ray", *command, directory=ROOT, seconds=120)
+    return host.run(python, "-m", "cluster.cli", *command, directory=ROOT, seconds=300)
+
+
+def nanoserve_ray(host: EmulatedHost, *command: str) -> subprocess.CompletedProcess[str]:
+    """A `nanoserve ray` command there."""
+    return nanoserve(host, "ray", *command)
 
 
 def post(host: EmulatedHost, path: str, body: Any, port: int = 8000) -> Any:
     """The decoded answer of the API on the machine's loopback."""
     url = f"http://127.0.0.1:{port}{path}"
     header = "Content-Type: application/json"
-    done = host.run("curl", "-sS", "-m", "60", url, "-H", header, "-d", json.dumps(body), seconds=70)
+    done = host.run("curl", "-sS", "-m", "120", url, "-H", header, "-d", json.dumps(body), seconds=130)
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout)
+
+
+def scraped(host: EmulatedHost) -> set[str]:
+    """The kinds of our processes that the Prometheus of `ray up` there reads now; none while it starts."""
+    done = host.run("curl", "-sSf", "-m", "60", "http://127.0.0.1:9090/api/v1/targets?state=active", seconds=70)
+    if done.returncode:
+        return set()
+    found = [
+        target["labels"] for target in json.loads(done.stdout)["data"]["activeTargets"] if target["health"] == "up"
+    ]
+    return {labels["nanoserve_process"] for labels in found if labels["job"] == "nanoserve"}

@@ -22,12 +22,14 @@ from cluster.doctor.ray_cluster import (
     RayNode,
     judge_authentication,
     judge_cluster,
+    ray_to_join,
     read_authentication,
 )
 from cluster.doctor.server_health import ServerHealth, judge_server
 from cluster.doctor.shared_memory import SharedMemory, judge_shared_memory
 from cluster.doctor.socket_table import Process
 from cluster.doctor.versions import Versions, judge_versions, read_versions
+from cluster.marked_processes import MarkedProcess
 from cluster.status.cluster_view import ReplicaState
 from tests.cluster.status.views import replica, view
 
@@ -144,17 +146,33 @@ def test_a_compiler_is_wanted_or_not() -> None:
 
 
 def test_rays_token(tmp_path: Path) -> None:
-    unset = RayAuthentication(mode=None, has_token=False, file=tmp_path, has_file=False)
+    unset = RayAuthentication(mode=None, has_token=False, file=tmp_path)
     assert judge_authentication(unset) == []
-    (trap,) = judge_authentication(replace(unset, has_file=True, has_token=True))
+    (trap,) = judge_authentication(replace(unset, has_token=True))
     assert trap.level is Level.WARNING and "RAY_AUTH_MODE=disabled" in trap.remedy
     (missing,) = judge_authentication(replace(unset, mode="token"))
     assert missing.level is Level.ERROR and "get-auth-token" in missing.remedy
-    assert judge_authentication(replace(unset, mode="disabled", has_file=True)) == []
+    assert judge_authentication(replace(unset, mode="disabled", has_token=True)) == []
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("x")
     read = read_authentication({"HOME": str(tmp_path)})
-    assert (read.mode, read.has_token, read.has_file) == (None, True, True)
+    assert (read.mode, read.has_token, read.file) == (None, True, tmp_path / ".ray" / "auth_token")
+    (tmp_path / "empty").touch()
+    assert not read_authentication({"HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(tmp_path / "empty")}).has_token
+
+
+def test_the_cluster_of_this_machine_is_joined_as_it_was_started() -> None:
+    raylet = MarkedProcess(
+        process_id=1,
+        command=("/x/raylet", "--gcs-address=10.0.0.1:6379"),
+        environment={"RAY_AUTH_MODE": "token", "HOME": "/root"},
+    )
+    shell = {"HOME": "/home/me", "RAY_AUTH_MODE": "disabled"}
+    as_started = ("10.0.0.1:6379", {"HOME": "/home/me", "RAY_AUTH_MODE": "token"})
+    assert ray_to_join(None, raylet, shell) == as_started
+    assert ray_to_join("10.0.0.1:6379", raylet, shell) == as_started
+    assert ray_to_join("10.0.0.2:6379", raylet, shell) == ("10.0.0.2:6379", shell)
+    assert ray_to_join(None, None, shell) == (None, shell)
 
 
 def test_ray_clusters() -> None:

@@ -59,7 +59,7 @@ def doctor(
         env=environment | dict(variables or {}),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=250,
         check=False,
     )
     assert outcome.stdout, outcome.stderr
@@ -213,7 +213,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not _listens(port):
             assert process.poll() is None and time.monotonic() < deadline, "Ray's head does not start"
             time.sleep(0.2)

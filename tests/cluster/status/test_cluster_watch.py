@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.recent_latencies import RecentLatencies
 from cluster.replica_report import Question, ReplicaReport
-from cluster.replica_start import ReplicaStart
+from cluster.replica_start import ReplicaStart, ReplicaStarts
 from cluster.status import cluster_watch
 from cluster.status.cluster_view import ReplicaState
 from cluster.status.cluster_watch import ClusterWatch, Deployment, replica_views
@@ -78,8 +78,8 @@ class _Dispatcher:
 
 
 async def test_many_who_look_cost_what_one_does(monkeypatch: Any) -> None:
-    def read_starts() -> dict[str, ReplicaStart]:
-        return {name: ReplicaStart(ready_at=1.0) for name in "abc"}
+    def read_starts() -> ReplicaStarts:
+        return ReplicaStarts(by_replica={name: ReplicaStart(ready_at=1.0) for name in "ab"}, num_lost=1)
 
     dispatcher = _Dispatcher()
     deployment = Deployment(models=("m",), num_replicas=2, read_starts=read_starts)
@@ -103,7 +103,7 @@ async def test_who_leaves_does_not_take_the_answer_with_him() -> None:
 
 
 async def test_what_serves_is_seen_also_while_rays_head_is_away() -> None:
-    def read_starts() -> dict[str, ReplicaStart]:
+    def read_starts() -> ReplicaStarts:
         raise ConnectionError("the head is away")
 
     deployment = Deployment(models=("m",), read_starts=read_starts)
@@ -115,10 +115,10 @@ async def test_a_head_that_keeps_silent_holds_up_nobody_and_one_thread(monkeypat
     monkeypatch.setattr(cluster_watch, "FRESH_SECONDS", 0.0)
     silence, num_reads = threading.Event(), itertools.count()
 
-    def read_starts() -> dict[str, ReplicaStart]:
+    def read_starts() -> ReplicaStarts:
         if next(num_reads) == 1:
             silence.wait(60)
-        return {name: ReplicaStart(ready_at=1.0) for name in "abc"}
+        return ReplicaStarts(by_replica={name: ReplicaStart(ready_at=1.0) for name in "ab"}, num_lost=1)
 
     deployment = Deployment(models=("m",), num_replicas=2, read_starts=read_starts)
     watch = ClusterWatch(deployment, _Dispatcher(), RecentLatencies())  # type: ignore[arg-type]

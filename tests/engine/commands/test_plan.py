@@ -108,7 +108,8 @@ def test_a_checkpoint_is_planned_on_this_machines_measured_cpu(tmp_path: Path) -
     result = planned(*arguments)
     assert result["device"] == "cpu" and "measured on this machine" in result["peak_source"]
     assert result["model"] == tmp_path.name
-    linked = planned(*arguments, "--devices", "2", "--network", "0.01")
+    # Here something must be found, on a busy machine too.
+    linked = planned(*arguments[:-1], "3", "--devices", "2", "--network", "0.01")
     assert linked["planned_seconds"] < linked["sequential_seconds"]
     with pytest.raises(ConfigError, match="nothing is known of the network"):
         run(*arguments, "--devices", "2")
