@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,8 +81,12 @@ class Launches:
 
 @contextmanager
 def recorded_device(driver: FakeDriver | None = None, *, computes: bool = True) -> Iterator[Launches]:
-    """A device of few units, whose driver splits it, and what is launched there."""
-    with deferred_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
+    """A device of few units, whose driver splits it, and what is launched there.
+
+    Unless it `computes`, whatever lies in memory is computed with, and may be anything.
+    """
+    overflow = np.errstate() if computes else np.errstate(all="ignore")
+    with deferred_cuda() as cuda, pytest.MonkeyPatch.context() as patch, overflow:
         launches = Launches(cuda, computes)
         properties = SimpleNamespace(multi_processor_count=NUM_UNITS)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
