@@ -116,6 +116,7 @@ class ServingConfig(BaseModel):
     max_sequences: Count = 256
     block_size: Count = 64  # tokens of a block of the KV cache
     cache: ByteSize | None = None  # bytes of KV cache per rank; most of a GPU's free memory, 1 GiB on a CPU
+    cache_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9  # without `cache`: of the memory that is free for it
     prefix_caching: bool = True
     pipeline: PipelineMode = PipelineMode.OVERLAP  # how a step runs through the layers; see docs/pipeline.md
     plan_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 45.0  # to plan at the first start; 0: never
@@ -194,6 +195,7 @@ class ServingConfig(BaseModel):
             max_sequences=self.max_sequences,
             block_size=self.block_size,
             cache_bytes=self.cache,
+            cache_fraction=self.cache_fraction,
             prefix_caching=self.prefix_caching,
             num_threads=self.threads or num_threads,
             pipeline=self.pipeline,

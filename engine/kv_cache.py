@@ -66,7 +66,7 @@ class KVCache:
             num_bytes = num_blocks * bytes_per_block(config)
             raise CapacityError(
                 f"The KV cache of {num_blocks} blocks ({num_bytes / 2**30:.2f} GiB per rank) could not be allocated on "
-                f"{device}: lower cache_bytes, cache_fraction or num_blocks."
+                f"{device}: lower cache_bytes (`cache` of a recipe), cache_fraction or num_blocks."
             ) from error
 
     @property

@@ -82,7 +82,8 @@ def num_affordable_blocks(config: EngineConfig, free_bytes: int) -> int:
         raise CapacityError(
             f"The KV cache holds {num_blocks * config.block_size} tokens, but one sequence of max_model_len "
             f"{config.max_model_len} needs {needed} blocks = {needed * per_block / 2**20:.1f} MiB per rank, and "
-            f"{source} gives {budget / 2**20:.1f} MiB. Lower max_model_len, or raise cache_bytes or num_blocks."
+            f"{source} gives {budget / 2**20:.1f} MiB. Lower max_model_len, or raise cache_bytes (`cache` of a recipe) "
+            "or num_blocks."
         )
     if budget > free_bytes:
         raise CapacityError(

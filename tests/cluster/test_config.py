@@ -109,7 +109,10 @@ def test_the_engine_gets_what_the_recipe_and_the_checkpoint_say(checkpoint: Path
     chosen = ServingConfig.load(checkpoint, {"dtype": "bfloat16", "max_model_len": 64, "threads": 1})
     engine = chosen.engine_config(DeviceKind.CUDA, num_threads=3)
     assert (engine.max_model_len, engine.dtype, engine.num_threads) == (64, DType.BFLOAT16, 1)
-    assert engine.cache_bytes is None
+    assert (engine.cache_bytes, engine.cache_fraction) == (None, 0.9)
+    assert ServingConfig.load(checkpoint, {"cache_fraction": 0.7}).engine_config(DeviceKind.CUDA).cache_fraction == 0.7
+    with pytest.raises(ConfigError, match="cache_fraction: input should be less than or equal to 1"):
+        ServingConfig.load(checkpoint, {"cache_fraction": 90})
 
 
 @pytest.mark.parametrize(

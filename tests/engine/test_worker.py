@@ -252,7 +252,7 @@ def test_default_holds_the_longest_sequence_where_memory_allows(config: EngineCo
 def test_sizes_that_cannot_work_name_their_numbers(config: EngineConfig) -> None:
     with pytest.raises(CapacityError, match=r"holds 60 tokens.*max_model_len 64 needs 16 blocks.*num_blocks gives"):
         num_affordable_blocks(replace(config, num_blocks=15), 2**30)
-    with pytest.raises(CapacityError, match=r"Lower max_model_len, or raise cache_bytes"):
+    with pytest.raises(CapacityError, match=r"Lower max_model_len, or raise cache_bytes \(`cache` of a recipe\)"):
         num_affordable_blocks(replace(config, num_blocks=None, cache_bytes=1000), 2**30)
     with pytest.raises(CapacityError, match=r"num_blocks asks for a KV cache of .* but only 0\.00 GiB are free"):
         num_affordable_blocks(config, 1000)
