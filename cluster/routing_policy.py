@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from engine import Request, RequestId
 
+_PRIOR_REQUESTS = 8  # finished requests that the recipe's expected length counts as
 _LENGTH_MEMORY = 64  # finished requests after which the expected length has mostly forgotten older ones
 
 
@@ -169,7 +170,7 @@ class RoutingPolicy:
         replica.prefixes.add(self._hash(ended.request, ended.token_ids, replica.block_size))
         if is_complete:
             self._num_finished += 1
-            weight = 1 / min(self._num_finished, _LENGTH_MEMORY)
+            weight = 1 / min(_PRIOR_REQUESTS + self._num_finished, _LENGTH_MEMORY)
             self._expected_output += weight * (len(ended.token_ids) - self._expected_output)
 
     def loads(self) -> dict[str, tuple[int, float]]:

@@ -125,14 +125,20 @@ def test_decoding_lowers_the_predicted_work() -> None:
 
 
 def test_the_expected_length_is_learned_from_what_finished() -> None:
-    made = policy("a", expected=1000, affinity=False)
-    for index in range(200):
-        name = RequestId(f"r{index}")
+    made = policy("a", expected=900, affinity=False)
+
+    def work_of_next(name: str) -> float:
         route(made, request(name, [1], max_tokens=10_000))
-        made.produced(name, [1] * 20)
-        made.finish(name)
-    route(made, request("next", [1], max_tokens=10_000))
-    assert made.loads()["a"][1] == pytest.approx(21, abs=1)
+        work = made.loads()["a"][1]
+        made.produced(RequestId(name), [1] * 18)
+        made.finish(RequestId(name))
+        return work
+
+    assert work_of_next("first") == 901
+    assert work_of_next("second") == pytest.approx(1 + (8 * 900 + 18) / 9, abs=1), "one answer is not all answers"
+    for index in range(600):
+        work_of_next(f"r{index}")
+    assert work_of_next("last") == pytest.approx(19, abs=1)
 
 
 @given(seed=st.integers(0, 10_000))
