@@ -31,6 +31,8 @@ def serving_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Our metrics are our own (`cluster.metrics`); each process gathers Serve's ten times a second by default.
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+        # Every 0.1 s by default, which takes the controller 4 % of a core, and the GCS more, while nothing happens.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         # Routing is ours: Serve must not probe replicas for queue lengths when a router was idle.
         "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": str(_NEVER_SECONDS),
         # At every change of ingress processes HAProxy is replaced, and by default the old one cuts all streams that
