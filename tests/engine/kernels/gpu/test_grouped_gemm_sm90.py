@@ -92,7 +92,7 @@ def test_routing_and_the_sum_of_copies_spill_nothing(experts: tuple[int, int], s
     sizes = {"NUM_EXPERTS": num_experts, "NUM_CHOICES": num_choices, "TOKENS": tokens, "EXPERTS": block}
     picking = sm90.compiled(
         expert_routing._pick_experts,
-        {"logits": "*bf16", "scores": "*bf16", "experts": "*i32", "counts": "*i32", "num_tokens": "*i32"}
+        {"logits": "*bf16", "scores": "*bf16", "experts": "*i32", "counts": "*i32", "positions": "*i64"}
         | {"num_rows": "i32", "logits_stride": "i32"},
         sizes | {"NORMALISE": True, "CHOICES": num_choices},
         4,
