@@ -258,7 +258,8 @@ def _chunks(step: StepInputs) -> tuple[Tensor, Tensor]:
         return step.prefill_starts, step.prefill_lengths
     refuse_in_capture("a copy of the chunks' starts and lengths from the host")
     sizes, device = torch.tensor((0, *step.prefill_chunk_sizes)), step.tokens.device
-    return sizes.cumsum(0).to(device), torch.tensor(step.prefill_context_lengths, device=device)
+    lengths_P = torch.tensor(step.prefill_context_lengths, dtype=torch.int64, device=device)  # of no chunk, too
+    return sizes.cumsum(0).to(device), lengths_P
 
 
 def _experts(

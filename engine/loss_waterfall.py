@@ -18,7 +18,8 @@ from engine.stats import EngineStats
 class LossWaterfall:
     """One window of `wall_seconds`. `ideal_seconds` are what its useful tokens would take at the optimum.
 
-    `skipped_head_seconds` are a part of the ideal that nobody had to compute: prompt tokens skip the output head.
+    `skipped_head_seconds` are a part of the ideal that nobody had to compute: prompt tokens skip the output head, and
+    in some steps what lies between the last attention and that.
     `seconds` has an entry for every loss.
     """
 

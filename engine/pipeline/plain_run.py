@@ -5,6 +5,7 @@ batched run computes, on buffers and ranges, is in `values`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -41,10 +42,15 @@ def run_layers(
             return hidden_TE[:0]
         compute(program.tail.joins, run.values, step, stopwatch)
         rows = {name: value[wanted_K] for name, value in run.values.items() if name in program.tail.inputs}
-        run = _LayerRun(program, layer, rows, step, stopwatch)
+        run = _LayerRun(program, layer, rows, _of_rows(step, wanted_K), stopwatch)
         run.compute(program.tail.nodes)
         hidden_TE = run.values[program.graph.output]
     return hidden_TE
+
+
+def _of_rows(step: StepInputs, wanted_K: Tensor) -> StepInputs:
+    """What a step says of its tokens, of these rows."""
+    return replace(step, tokens=step.tokens[wanted_K], positions=step.positions[wanted_K], slots=step.slots[wanted_K])
 
 
 class _LayerRun:

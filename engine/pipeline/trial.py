@@ -3,7 +3,7 @@
 All ranks run the same schedules in the same order; a run takes as long as on the slowest rank. Repetitions go round
 the schedules, so that a disturbance hits all alike, and a schedule counts with its median. What is timed is what would
 be served: on a GPU the CUDA graph of a padded step (`TrialSteps`), by events of the device, where steps are such
-graphs; else the pipeline's run.
+graphs; else the pipeline's run, which leaves out what nobody draws from.
 """
 
 import statistics
@@ -105,7 +105,8 @@ class Trial:
         return [_Run(partial(self._launch, step, each)) for each in contestants]
 
     def _launch(self, step: StepInputs, contestant: Contestant, stopwatch: Stopwatch) -> object:
-        return self._pipeline.run(step, contestant.schedule, self._lanes.of(overlaps=contestant.overlaps), stopwatch)
+        lanes = self._lanes.of(overlaps=contestant.overlaps)
+        return self._pipeline.run(step, contestant.schedule, lanes, stopwatch, _drawn_rows(step))
 
     def _sample(self, run: "_Run") -> "_Sample":
         run.fill()
@@ -153,6 +154,12 @@ class _Run:
 
 def _replay(step: TrialStep, stopwatch: Stopwatch) -> object:
     return step.run()
+
+
+def _drawn_rows(step: StepInputs) -> Tensor:
+    """Those that a served step draws from: every decode, and the last of each chunk, as if it ended its prompt."""
+    sizes_C = torch.tensor([1] * step.num_decodes + list(step.prefill_chunk_sizes), dtype=torch.int64)
+    return sizes_C.cumsum(0) - 1
 
 
 def _random_tokens(num_tokens: int, vocab_size: int) -> Tensor:

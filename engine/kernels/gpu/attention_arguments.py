@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from engine.kernels.gpu.row_launch import check_argument
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 _BLOCK_SIZES = (16, 32, 64, 128)
+_INTEGERS = (torch.int32, torch.int64)
 
 
 def check_attention(
@@ -35,6 +37,8 @@ def check_attention(
             f"block tables are {tuple(block_tables.shape)} with strides {block_tables.stride()}, where [sequences, B] "
             f"with the blocks of a sequence side by side is right."
         )
+    if block_tables.dtype not in _INTEGERS:
+        raise ConfigError(f"block tables are {block_tables.dtype}, where {_INTEGERS[0]} or {_INTEGERS[1]} is right.")
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}, but a token sees itself at least: 1 or more (None for no window).")
     if output is not None and (output.shape != query_THd.shape or output.dtype != query_THd.dtype):
@@ -45,6 +49,11 @@ def check_attention(
     for name, tensor in (("queries", query_THd), ("output", output)):
         if tensor is not None and tensor.stride()[1:] != (head_dim, 1):
             raise ConfigError(f"{name} have strides {tensor.stride()}: heads of a token must lie side by side.")
+
+
+def check_integers(name: str, given: Tensor) -> None:
+    """Raise `ConfigError` unless lengths or starts are whole numbers side by side, as kernels read them."""
+    check_argument(name, given, (given.numel(),), *_INTEGERS)
 
 
 def _check_cache(query_THd: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.gpu.attention_arguments import check_attention
+from engine.kernels.gpu.attention_arguments import check_attention, check_integers
 from engine.kernels.gpu.decode_config import DecodeConfig, decode_config, padded_rows
 from engine.kernels.gpu.decode_merge import merge_parts
 from engine.kernels.gpu.decode_plan import DecodeScratch, plan_decode
@@ -58,6 +58,7 @@ def decode_attention(
             f"{num_rows} queries need a block table and a length each, not {len(block_tables_DB)} tables and lengths "
             f"{tuple(lengths_D.shape)}."
         )
+    check_integers("lengths_D", lengths_D)
     num_kv_heads, block_size = keys.shape[1:3]
     group_size = num_heads // num_kv_heads
     if config is None:

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.gpu.attention_arguments import check_attention
+from engine.kernels.gpu.attention_arguments import check_attention, check_integers
 from engine.kernels.gpu.prefill_config import PrefillConfig, packed_heads, prefill_config
 from engine.kernels.gpu.prefill_tiles import attend_rows
 from engine.kernels.gpu.row_launch import limited
@@ -67,7 +67,7 @@ def prefill_attention(
     check_attention(query_QHd, keys, values, block_tables_PB, window, output)
     num_sequences = len(block_tables_PB)
     _check_chunks(query_starts_P1, context_lengths_P, num_sequences)
-    if scale * key_scale <= 0:
+    if not scale * key_scale > 0:
         raise ConfigError(f"scale {scale} x key_scale {key_scale} must be positive.")
     num_tokens, num_heads, head_dim = query_QHd.shape
     num_kv_heads, block_size = keys.shape[1:3]
@@ -125,6 +125,8 @@ def _check_chunks(query_starts_P1: Tensor, context_lengths_P: Tensor, num_sequen
             f"{len(query_starts_P1)} query starts and {len(context_lengths_P)} context lengths do not fit "
             f"{num_sequences} block tables: one start more than tables and one length for each are right."
         )
+    check_integers("query_starts_P1", query_starts_P1)
+    check_integers("context_lengths_P", context_lengths_P)
 
 
 def prefill_flops(

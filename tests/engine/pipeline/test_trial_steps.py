@@ -104,6 +104,26 @@ def test_where_steps_are_launched_they_are_timed_so(why: str, monkeypatch: pytes
     assert captures.replayed == [] and len(captures.asked) == (why in ("it waits", "torch fails"))
 
 
+def test_the_baseline_computes_no_more_behind_the_last_attention_than_it_would_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plans compute all rows, so a baseline that did would have them win where they lose."""
+    trial, pipeline, contestants = trial_of(config_of(Architecture.LLAMA), kernels=False)
+    assert trial._captures is None
+    num_rows: list[int] = []
+    run = pipeline.run
+
+    def noted(*arguments: Any) -> Any:
+        hidden = run(*arguments)
+        num_rows.append(len(hidden))
+        return hidden
+
+    monkeypatch.setattr(pipeline, "run", noted)
+    trial.run(contestants, SHAPE, 0.0, NUM_ROUNDS)
+    drawn_from = SHAPE.num_decodes + 2  # the prefill tokens of this context are two chunks
+    assert num_rows == [drawn_from, SHAPE.num_tokens] * (NUM_ROUNDS + 1)
+
+
 def test_a_batch_for_trials_is_the_step_that_layers_are_measured_on() -> None:
     config = config_of(Architecture.LLAMA)
     cache = synthetic_cache(config, 200, DEVICE)

@@ -244,7 +244,22 @@ def test_no_sequences(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["heads", "head_dim", "dtype", "tables", "window", "ctas", "no ctas", "rows", "lengths", "output"]
+    "change",
+    [
+        "heads",
+        "head_dim",
+        "dtype",
+        "tables",
+        "float tables",
+        "window",
+        "ctas",
+        "no ctas",
+        "rows",
+        "lengths",
+        "float lengths",
+        "every other length",
+        "output",
+    ],
 )
 def test_arguments_that_do_not_fit_are_named(change: str, device: torch.device) -> None:
     cache = PagedCache.random((40, 9), num_kv_heads=2, block_size=16, head_dim=64, dtype=torch.float32, device=device)
@@ -262,6 +277,12 @@ def test_arguments_that_do_not_fit_are_named(change: str, device: torch.device) 
         query, tables, lengths = (torch.cat([tensor] * 3) for tensor in (query, tables, lengths))
     elif change == "lengths":
         lengths = lengths[:1]
+    elif change == "float tables":
+        tables = tables.float()
+    elif change == "float lengths":
+        lengths = lengths.float()
+    elif change == "every other length":
+        lengths = lengths.repeat_interleave(2)[::2]
     elif change == "output":
         output = torch.empty(2, 64, 4, device=device).transpose(1, 2)
     with pytest.raises(ConfigError):

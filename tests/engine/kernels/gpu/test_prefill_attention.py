@@ -1,5 +1,6 @@
 """Prefill attention on the device against plain attention in float64."""
 
+import math
 from itertools import accumulate
 
 import pytest
@@ -250,20 +251,30 @@ def test_nothing_to_prefill(num_tokens: int, num_sequences: int, device: torch.d
     assert torch.equal(output.cpu(), torch.zeros(num_tokens, 4, 64))
 
 
-@pytest.mark.parametrize("change", ["starts", "lengths", "dtype", "head_dim", "scale", "output"])
+@pytest.mark.parametrize(
+    "change", ["starts", "every other start", "lengths", "float lengths", "dtype", "head_dim", "scale", "nan", "output"]
+)
 def test_arguments_that_do_not_fit_are_named(change: str, device: torch.device) -> None:
     cache = PagedCache.random((9,), num_kv_heads=2, block_size=16, head_dim=64, dtype=torch.float32, device=device)
     query = torch.randn(9, 4, 48 if change == "head_dim" else 64, device=device)
-    starts = starts_of((9,), cache)
+    starts, lengths = starts_of((9,), cache), cache.lengths
+    if change == "starts":
+        starts = starts[:1]
+    elif change == "every other start":
+        starts = starts.repeat_interleave(2)[::2]
+    elif change == "lengths":
+        lengths = lengths[:0]
+    elif change == "float lengths":
+        lengths = lengths.float()
     with pytest.raises(ConfigError):
         prefill_attention(
             query.half() if change == "dtype" else query,
             cache.keys,
             cache.values,
             cache.block_tables,
-            starts[:1] if change == "starts" else starts,
-            cache.lengths[:0] if change == "lengths" else cache.lengths,
-            scale=-1.0 if change == "scale" else SCALE,
+            starts,
+            lengths,
+            scale={"scale": -1.0, "nan": math.nan}.get(change, SCALE),
             output=query[:8] if change == "output" else None,
         )
 
