@@ -94,9 +94,8 @@ def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:
         rf"^(frontend prometheus\n\s*bind ){re.escape(LOOPBACK)}:", rf"\g<1>{address}:", narrow, flags=re.MULTILINE
     )
     unspliced = re.sub(r"^\s*option splice-\w+\n", "", narrow, flags=re.MULTILINE)
-    plain = re.sub(
-        r"^frontend http_frontend\n(\s*)bind .*\n", rf"\g<0>\g<1>{_NO_ODD_IDS}\n", unspliced, flags=re.MULTILINE
-    )
+    api = rf"^frontend http_frontend\n(\s*)bind .*\n(?!\s*{re.escape(_NO_ODD_IDS)})"
+    plain = re.sub(api, rf"\g<0>\g<1>{_NO_ODD_IDS}\n", unspliced, flags=re.MULTILINE)
     return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", plain, flags=re.MULTILINE)
 
 

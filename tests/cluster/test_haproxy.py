@@ -41,6 +41,7 @@ def test_the_api_takes_no_odd_request_ids() -> None:
     lines = [line.strip() for line in text.splitlines()]
     assert lines[:2] == ["frontend http_frontend", "bind 0.0.0.0:8000"] and lines[3] == "mode http"
     assert lines[2].startswith("http-request del-header x-request-id if ")
+    assert mend(text, "/d/e.http") == text, "a file that was mended before stays as it is"
 
 
 def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_path: Path) -> None:
