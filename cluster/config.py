@@ -80,8 +80,8 @@ def parse_endpoint(value: object) -> object:
     if not isinstance(value, str):
         return value
     url = urlsplit(value)
-    if url.scheme not in {"http", "https"} or not url.hostname:
-        raise ValueError(f"{value!r} is not the URL of a collector; write for example http://127.0.0.1:4318")
+    if url.scheme not in {"http", "https"} or not url.hostname or " " in value or url.port == 0:  # `port` raises, too
+        raise ValueError("it must be the URL of a collector, for example http://127.0.0.1:4318")
     return value if url.path.strip("/") else f"{value.rstrip('/')}/v1/traces"
 
 

@@ -50,8 +50,9 @@ class Exchange:
         self._failure: BaseException | None = None
         self._status = 0
         self._request_id = headers.get("x-request-id", "")
-        is_call = self._method == "POST" and self._path in CALL_ROUTES
-        self.trace = CallTrace(tracer if is_call else NO_TRACER, f"{self._method} {self._path}", headers)
+        route = scope["path"]  # what routes go by: `%63` is `c`
+        is_call = self._method == "POST" and route in CALL_ROUTES
+        self.trace = CallTrace(tracer if is_call else NO_TRACER, f"POST {route}", headers)
         self.facts: dict[str, Any] = {}
 
     @classmethod
@@ -79,7 +80,7 @@ class Exchange:
         """It ends with this answer, as its status or inside a stream that has begun."""
         self.facts["error"] = answer.code or answer.type
         if answer.param is not None:
-            self.facts["param"] = answer.param
+            self.facts["param"] = answer.param.partition(".")[0]  # names below it may be a client's
         if answer.status >= 500:
             self._failure = cause
             self.facts["cause"] = str(cause) if isinstance(cause, NanoserveError) else repr(cause)

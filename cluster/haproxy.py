@@ -3,8 +3,9 @@
 What has no setting in Serve 2.60 is mended between Serve's start of the program and the program's own. It binds
 HAProxy's stats and metrics pages, which ask nobody who they are, to every interface (here the first is on loopback and
 the second, like all our metrics, on the node's address in its cluster); it answers 500 in plain text while no ingress
-lives; it splices requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; and
-where Serve is killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
+lives; it splices requests, with which HAProxy 2.8.25 overlooks every second client that leaves before its answer; it
+lets any X-Request-Id through, with which clients write into logs and Serve fails where it is not UTF-8; and where Serve
+is killed, its HAProxy lives on and holds the port. Run as a program, this uses the standard library only.
 """
 
 import ctypes
@@ -17,6 +18,8 @@ from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
+# Of all that a request has, one that is no word of up to 128 ASCII characters; Serve then makes another.
+_NO_ODD_IDS = "http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg [^!-~]|^$|^.{129} }"
 
 
 def write_wrapper(directory: Path, binary: str, address: str = LOOPBACK) -> Path:
@@ -82,7 +85,7 @@ def _wrapped(executable: Path) -> str | None:
 
 def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:
     """Every `bind` to no host (`*:8404`) moved to loopback, that of metrics to `address`; error pages replaced, no
-    splicing.
+    splicing, no odd request ids.
 
     The API's own `bind` names its host, also where that is 0.0.0.0, and stays.
     """
@@ -91,7 +94,9 @@ def mend(configuration: str, error_file: str, address: str = LOOPBACK) -> str:
         rf"^(frontend prometheus\n\s*bind ){re.escape(LOOPBACK)}:", rf"\g<1>{address}:", narrow, flags=re.MULTILINE
     )
     unspliced = re.sub(r"^\s*option splice-\w+\n", "", narrow, flags=re.MULTILINE)
-    return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", unspliced, flags=re.MULTILINE)
+    api = rf"^frontend http_frontend\n(\s*)bind .*\n(?!\s*{re.escape(_NO_ODD_IDS)})"
+    plain = re.sub(api, rf"\g<0>\g<1>{_NO_ODD_IDS}\n", unspliced, flags=re.MULTILINE)
+    return re.sub(r"^(\s*errorfile \d+ ).*$", rf"\g<1>{error_file}", plain, flags=re.MULTILINE)
 
 
 def main() -> None:

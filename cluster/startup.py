@@ -72,10 +72,11 @@ class StartupReport:
 
 def read_reports() -> ReplicaStarts:
     """The state of every replica that lives, and of those that have ended since the last one began."""
+    num_lost = _get(_NUM_LOST) or 0  # first: who begins meanwhile adds to it the lost ones that are read below
     keys = internal_kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE)
     states = {key.decode().removeprefix(_PREFIX): _get(key) for key in keys}
     known = {replica_id: state for replica_id, state in states.items() if state is not None}
-    return ReplicaStarts(by_replica=known, num_lost=_get(_NUM_LOST) or 0)
+    return ReplicaStarts(by_replica=known, num_lost=num_lost)
 
 
 def clear_reports() -> None:

@@ -25,7 +25,7 @@ def doctor(
         str | None, typer.Option(help="A Ray cluster to check too (default: RAY_ADDRESS, else that of `ray up` here).")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address the server shall listen on (default: 127.0.0.1).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port it shall listen on (default: 8000).")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port it shall listen on (default: 8000).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     shared_memory: Annotated[Path, typer.Option(help="Where shared memory is mounted.")] = DEFAULT_PATH,
     as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,

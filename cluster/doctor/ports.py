@@ -1,5 +1,7 @@
 """The ports that a server wants to listen on, and who has them."""
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from cluster.status.cluster_client import ClusterClient, NoAnswerError
 from engine import ConfigError
 
 CHECK = "ports"
+_TAKEN = os.strerror(errno.EADDRINUSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +66,12 @@ def _judge(use: PortUse) -> Finding:
         return ok(CHECK, f"{wanted.purpose} runs there: {holder}.", where)
     stop = f"Stop {holder}" if use.holder else f"Find who has it (`sudo ss -ltnp 'sport = :{wanted.port}'`)"
     if wanted.is_needed:
-        if wanted.port < 1024 and use.holder is None:
-            stop = "Ports below 1024 are root's"
+        if use.holder is None and _TAKEN not in use.problem:
+            own = "Ports below 1024 are root's: choose" if wanted.port < 1024 else "Choose"
+            remedy = (
+                f"{own} an address of this machine (--host, `host:` in the recipe) and a port that is yours (--port)."
+            )
+            return error(CHECK, f"Wanted for {wanted.purpose}: {use.problem}.", where, remedy)
         found = f"Taken, but wanted for {wanted.purpose}: {use.problem}; {holder} has it."
         return error(CHECK, found, where, f"{stop}, or choose another with --port (or `port:` in the recipe).")
     return warning(CHECK, f"Taken by {holder}; {wanted.purpose} wants it.", where, f"{stop}, if Ray shall run here.")

@@ -188,6 +188,7 @@ byId("timeline").addEventListener("load", () => {
   byId("timeline-trouble").textContent = "";
 });
 byId("timeline").addEventListener("error", () => {
+  byId("timeline").hidden = true;
   byId("record").disabled = false;
   byId("timeline-trouble").textContent = "No step could be recorded: no replica is ready.";
 });

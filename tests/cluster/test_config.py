@@ -56,8 +56,11 @@ def test_model_paths_start_at_the_recipe_and_flags_win(tmp_path: Path, checkpoin
         ("model: x\nlogs: yes\n", "logs: input should be a valid dictionary"),
         (
             "model: x\ntracing: {endpoint: 'localhost:4318'}\n",
-            "'localhost:4318' is not the URL of a collector; write for",
+            "tracing.endpoint: it must be the URL of a collector, for example http://127.0.0.1:4318, but it is 'l",
         ),
+        ("model: x\ntracing: {endpoint: 'http://a:43180000'}\n", "tracing.endpoint: port out of range 0-65535"),
+        ("model: x\ntracing: {endpoint: 'http://a:otlp'}\n", "tracing.endpoint: port could not be cast"),
+        ("model: x\ntracing: {endpoint: 'http://a b'}\n", "tracing.endpoint: it must be the URL of a collector"),
         ("model: x\ntracing: {sample_ratio: 2}\n", "tracing.sample_ratio: input should be less than or equal to 1"),
         ("model: x\ntracing: {url: 1}\n", "unknown key 'tracing.url'; known keys are endpoint, sample_ratio."),
         ("replicas: 2\n", "recipe.yaml: the key 'model' is missing."),

@@ -187,6 +187,31 @@ async def test_bad_input_is_a_span_without_an_error_of_ours(stack: AsyncExitStac
     assert spans.named("GET /v1/models") == [], "only calls are traced"
 
 
+async def test_an_escaped_path_is_the_same_call(stack: AsyncExitStack, tokenizer: Tokenizer) -> None:
+    spans = Spans()
+    served = Served(tokenizer, LogsConfig(), spans.tracer)
+    await served.start(stack)
+    answer = await served.client.post("/v1/%63ompletions", json=BODY, headers={"traceparent": CALLER})
+    assert answer.status_code == 200
+    while not spans.named("POST /v1/completions"):
+        await asyncio.sleep(0.01)
+    assert spans.below(spans.one("POST /v1/completions")) == ["tokenize", "dispatch"]
+    assert spans.below(spans.one("dispatch")) == ["generate"]
+
+
+async def test_names_that_clients_make_up_are_not_logged(
+    stack: AsyncExitStack, tokenizer: Tokenizer, log: pytest.LogCaptureFixture
+) -> None:
+    spans = Spans()
+    served = Served(tokenizer, LogsConfig(), spans.tracer)
+    await served.start(stack)
+    answer = await served.client.post("/v1/completions", json=BODY | {"logit_bias": {"secret": 1}})
+    assert answer.json()["error"]["param"] == "logit_bias.secret"
+    record = await line(log)
+    assert "param=logit_bias " in f"{record.message} " and "secret" not in str(vars(record))
+    assert (spans.one("POST /v1/completions").attributes or {})["nanoserve.param"] == "logit_bias"
+
+
 async def test_a_call_that_its_replica_loses_is_an_error(
     stack: AsyncExitStack, tokenizer: Tokenizer, log: pytest.LogCaptureFixture
 ) -> None:

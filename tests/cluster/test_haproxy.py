@@ -36,6 +36,14 @@ def test_the_unprotected_pages_stay_on_loopback_whatever_host_the_api_has() -> N
     assert lines[:3] == ["defaults", "option abortonclose", "errorfile 503 /d/e.http"]
 
 
+def test_the_api_takes_no_odd_request_ids() -> None:
+    text = mend("frontend http_frontend\n    bind 0.0.0.0:8000\n    mode http\n", "/d/e.http")
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[:2] == ["frontend http_frontend", "bind 0.0.0.0:8000"] and lines[3] == "mode http"
+    assert lines[2].startswith("http-request del-header x-request-id if ")
+    assert mend(text, "/d/e.http") == text, "a file that was mended before stays as it is"
+
+
 def test_the_wrapper_mends_the_file_and_runs_the_program_with_its_arguments(tmp_path: Path) -> None:
     directory = tmp_path / "with space"
     directory.mkdir()

@@ -88,6 +88,23 @@ def test_the_count_outlives_those_who_counted(living: set[str]) -> None:
     assert (known(), restarts()) == ({"another"}, 2)
 
 
+def test_two_that_begin_at_once_count_the_same_ones(living: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class BusyStore(Store):
+        """Another replica begins while one reads the report of the lost one."""
+
+        def _internal_kv_get(self, key: bytes, namespace: str) -> bytes | None:
+            value = super()._internal_kv_get(key, namespace)
+            if key.endswith(b"dies") and "other" not in living and "dies" not in living:
+                begun(living, "other")
+            return value
+
+    monkeypatch.setattr(startup, "internal_kv", BusyStore())
+    begun(living, "dies")
+    living.remove("dies")
+    begun(living, "next")
+    assert (known(), restarts()) == ({"other", "next"}, 1)
+
+
 def test_a_start_that_failed_stays_to_be_read_until_the_next(living: set[str]) -> None:
     living.add("a")
     StartupReport("a").failed(ValueError("no room"))

@@ -88,6 +88,22 @@ def test_the_log_has_a_line_of_json_for_the_call_and_no_prompt(server: Command, 
     assert [path.name for path in everywhere if SECRET.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.parametrize("odd", [b"\xe9\x9b31m", b"\xc2\x9b31m", b"a -- POST /v1/x 500", b"q" * 129, b""])
+def test_an_odd_request_id_is_replaced(server: Command, odd: bytes) -> None:
+    """One that is not UTF-8 would be Serve's 500, others would write what they like into the log."""
+    for ids in ([odd], [odd, b"call-2"], [b"call-2", odd]):
+        headers = [(b"x-request-id", each) for each in ids]
+        answer = server.client.post("/v1/completions", json={"model": "none", "prompt": "a"}, headers=headers)
+        assert answer.status_code == 404
+        assert len(answer.headers["x-request-id"]) == 36, "a UUID"
+
+
+def test_a_request_id_of_the_clients_is_kept(server: Command) -> None:
+    for given in ("call-2", "q" * 128, 'a"b=c\\'):
+        answer = server.client.get("/health", headers={"x-request-id": given})
+        assert answer.headers["x-request-id"] == given
+
+
 def test_a_collector_that_is_gone_delays_no_stop(server: Command, collector: TraceCollector) -> None:
     collector.close()
     answer = server.client.post("/v1/completions", json={"model": "demo", "prompt": "a", "max_tokens": 2})

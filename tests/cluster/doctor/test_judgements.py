@@ -128,10 +128,12 @@ def test_ports() -> None:
         return finding
 
     assert judged(api).level is Level.OK
-    taken = judged(api, problem="in use", holder=nginx)
+    taken = judged(api, problem="Address already in use", holder=nginx)
     assert taken.level is Level.ERROR and "process 12 (nginx: master)" in taken.found and "--port" in taken.remedy
-    assert "sudo ss" in judged(api, problem="in use").remedy
+    assert "sudo ss" in judged(api, problem="Address already in use (while binding)").remedy
     assert "root's" in judged(replace(api, port=80), problem="Permission denied").remedy
+    elsewhere = judged(replace(api, host="192.0.2.1"), problem="Cannot assign requested address")
+    assert elsewhere.level is Level.ERROR and "--host" in elsewhere.remedy and "aken" not in elsewhere.found
     assert judged(api, problem="in use", holder=nginx, served_models=("demo",)).level is Level.OK
     assert judged(ray, problem="in use", holder=nginx).level is Level.WARNING
     assert judged(ray, problem="in use", holder=Process(process_id=1, command="/x/gcs_server --a")).level is Level.OK

@@ -149,6 +149,12 @@ def test_a_tiny_shared_memory() -> None:
 
 
 @in_a_namespace
+def test_an_address_that_this_machine_does_not_have() -> None:
+    error = the_error(doctor("--host", "192.0.2.1"))  # of RFC 5737: nobody's
+    assert error["check"] == "ports" and "Cannot assign requested address" in error["found"]
+    assert "has it" not in error["found"] and "--host" in error["remedy"]
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=8m tmpfs {tmp_path}"
     error = the_error(doctor(before=mount, namespace=True, variables={"TMPDIR": str(tmp_path)}))

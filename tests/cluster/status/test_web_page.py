@@ -78,6 +78,7 @@ async def test_names_are_text_and_silence_is_told(server: MadeUpServer, tmp_path
         await browser.open(f"http://127.0.0.1:{server.http.server_port}/")
         await browser.until(f"{text}.includes('1 of 2 replicas ready, 1 restart;')", SECONDS)
         await browser.until(f"{text}.includes('No step could be recorded')", SECONDS)  # this server draws none
+        assert await browser.value("document.getElementById('timeline').offsetHeight") == 0, "nor is a broken one shown"
         assert await browser.value("document.querySelectorAll('img[src=x]').length") == 0
         assert await browser.value("document.title") == f"{MARKUP} - nanoserve"
         shown = await browser.value(text)
