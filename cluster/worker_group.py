@@ -9,9 +9,7 @@ torch: that is the ranks' business.
 import asyncio
 import contextlib
 import selectors
-import shutil
 import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.rank import Rank
+from cluster.rank_folder import RankFolder
 from cluster.rank_meter import RankMeter
 from cluster.step_recorder import StepRecorder
 from cluster.step_transport import Doing, Failed, Hello, Progress, RankLink, Report, Stop, encode
@@ -65,7 +64,7 @@ class WorkerGroup:
         self._progress = progress
         self._tell = tell
         self._log = log
-        self._directory: Path | None = None
+        self._folder: RankFolder | None = None
         self._actors: list[Any] = []
         self._runs: list[Any] = []
         self._connections: list[RankLink] = []
@@ -82,8 +81,8 @@ class WorkerGroup:
     def start(self) -> CacheCapacity:
         """Spawn the ranks and wait until every one has loaded; blocks. Raises `ConfigError` or `EngineDeadError`."""
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="nanoserve-ranks-"))
-            return self._start(self._directory)
+            self._folder = RankFolder()
+            return self._start(self._folder.path)
         except OSError as error:
             self.close()
             raise EngineDeadError(f"The ranks could not be started: {error}") from error
@@ -124,9 +123,9 @@ class WorkerGroup:
 
     def close(self) -> None:
         """Let the ranks end, then make sure of it; blocks for at most a few seconds. Idempotent."""
-        if self._directory is None:
+        if self._folder is None:
             return
-        directory, self._directory = self._directory, None
+        folder, self._folder = self._folder, None
         is_healthy = self.death is None and len(self._links) == len(self._runs)
         self.death = self.death or EngineDeadError("The worker group was closed.")
         frame = encode(Stop())
@@ -140,7 +139,7 @@ class WorkerGroup:
             self._loop.call_soon_threadsafe(self._forget_connections)
         else:
             self._forget_connections()
-        shutil.rmtree(directory, ignore_errors=True)
+        folder.remove()
 
     def watch(self) -> None:
         """Notice from now on, on the running loop, when a rank ends, with or without steps. Idempotent."""

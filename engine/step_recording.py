@@ -19,7 +19,7 @@ from engine.pipeline.plan_choice import SEQUENTIAL
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
-from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.pipeline.synthetic_step import drawn_rows, synthetic_cache, synthetic_step
 from engine.pipeline.timeline import Timeline, TimelineEvent
 from engine.recorded_step import in_nano_batch
 from engine.worker import Worker
@@ -119,8 +119,10 @@ def record_steps(
     of_device = pipeline.lanes_on(device)
     one_lane, lanes = of_device.of(overlaps=False), of_device.of(overlaps=mode is PipelineMode.OVERLAP)
 
+    wanted_K = drawn_rows(step)
+
     def run(plan: Schedule, on: Lanes, stopwatch: Stopwatch) -> None:
-        pipeline.run(step, plan, on, stopwatch)
+        pipeline.run(step, plan, on, stopwatch, wanted_K)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.config import ServingConfig
 from cluster.doctor.checkpoint_files import judge_checkpoint, read_checkpoint
 from cluster.doctor.compiler import judge_compiler, read_compiler
-from cluster.doctor.disk_space import judge_disks, read_disks, temporary_directory
+from cluster.doctor.disk_space import judge_disks, read_disks
 from cluster.doctor.finding import Finding, Level, error, warning
 from cluster.doctor.gpu_probe import driver_version, read_gpus
 from cluster.doctor.gpu_system import judge_gpus
@@ -25,6 +25,7 @@ from cluster.doctor.server_health import judge_server, read_server
 from cluster.doctor.shared_memory import DEFAULT_PATH, judge_shared_memory, read_shared_memory
 from cluster.doctor.versions import judge_versions, read_versions
 from cluster.ray_node import running_node
+from cluster.state_directory import ray_directory, session_place
 from engine import CompileMode, ConfigError, DeviceKind, cache_directory
 
 EXIT_STATUS = {Level.OK: 0, Level.WARNING: 1, Level.ERROR: 2}
@@ -67,7 +68,11 @@ class Checkup:
         is_here = self.address is None  # else ranks run on other machines, whose memory and GPUs are others
         num_gpus = _num_gpus(config, device) if is_here else None
         address, variables = ray_to_join(self.address, running_node())
-        places = [("Ray's sessions and logs", temporary_directory()), ("Plans and kernels", cache_directory())]
+        places = [
+            ("Sessions and logs of nanoserve serve", session_place()),
+            ("Ray's other sessions and logs", ray_directory()),
+            ("Plans and kernels", cache_directory()),
+        ]
         yield "versions", lambda: judge_versions(read_versions())
         yield "gpu", lambda: judge_gpus(read_gpus(), num_wanted=num_gpus)
         yield "open files", lambda: judge_open_file_limit(read_open_file_limit())

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +41,6 @@ def read_disks(places: Sequence[tuple[str, Path]]) -> list[DiskSpace]:
     return spaces
 
 
-def temporary_directory() -> Path:
-    """Where Ray's logs and sessions go."""
-    return Path(tempfile.gettempdir())
-
-
 def judge_disks(spaces: Sequence[DiskSpace]) -> list[Finding]:
     """One finding each."""
     return [_judge(space) for space in spaces]
@@ -54,7 +48,10 @@ def judge_disks(spaces: Sequence[DiskSpace]) -> list[Finding]:
 
 def _judge(space: DiskSpace) -> Finding:
     free, where = f"{space.free / 2**30:.2f} of {space.total / 2**30:.1f} GiB are free", f"{space.path}"
-    move = "free some, or choose another place with TMPDIR (Ray's files) and NANOSERVE_CACHE_DIR (plans, kernels)"
+    move = (
+        "free some, or choose another place with TMPDIR (sessions of `nanoserve serve`, if of at most 8 characters), "
+        "RAY_TMPDIR (those of `nanoserve ray`) and NANOSERVE_CACHE_DIR (plans, kernels)"
+    )
     if not space.is_writable:
         return error(
             CHECK, f"{space.purpose} cannot be written.", where, f"Give this user the right to write; or {move}."

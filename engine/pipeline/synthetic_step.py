@@ -143,3 +143,9 @@ def _block_tables(lengths: list[int], cache: KVCache) -> Tensor:
         tables[row, :count] = order[torch.arange(first, first + count) % cache.num_blocks]
         first += count
     return tables
+
+
+def drawn_rows(step: StepInputs) -> Tensor:
+    """Those that a served step draws from: every decode, and the last of each chunk, as if it ended its prompt."""
+    sizes_C = torch.tensor([1] * step.num_decodes + list(step.prefill_chunk_sizes), dtype=torch.int64)
+    return sizes_C.cumsum(0) - 1

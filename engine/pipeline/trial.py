@@ -24,7 +24,7 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.rank_agreement import RankAgreement
 from engine.pipeline.schedule import Schedule
 from engine.pipeline.stopwatch import Stopwatch
-from engine.pipeline.synthetic_step import synthetic_cache, synthetic_step
+from engine.pipeline.synthetic_step import drawn_rows, synthetic_cache, synthetic_step
 from engine.pipeline.trial_steps import TrialStep, TrialSteps
 from engine.step_clock import StepClock
 from engine.step_inputs import StepInputs
@@ -106,7 +106,7 @@ class Trial:
 
     def _launch(self, step: StepInputs, contestant: Contestant, stopwatch: Stopwatch) -> object:
         lanes = self._lanes.of(overlaps=contestant.overlaps)
-        return self._pipeline.run(step, contestant.schedule, lanes, stopwatch, _drawn_rows(step))
+        return self._pipeline.run(step, contestant.schedule, lanes, stopwatch, drawn_rows(step))
 
     def _sample(self, run: "_Run") -> "_Sample":
         run.fill()
@@ -154,12 +154,6 @@ class _Run:
 
 def _replay(step: TrialStep, stopwatch: Stopwatch) -> object:
     return step.run()
-
-
-def _drawn_rows(step: StepInputs) -> Tensor:
-    """Those that a served step draws from: every decode, and the last of each chunk, as if it ended its prompt."""
-    sizes_C = torch.tensor([1] * step.num_decodes + list(step.prefill_chunk_sizes), dtype=torch.int64)
-    return sizes_C.cumsum(0) - 1
 
 
 def _random_tokens(num_tokens: int, vocab_size: int) -> Tensor:

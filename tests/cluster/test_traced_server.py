@@ -104,7 +104,7 @@ def test_a_request_id_of_the_clients_is_kept(server: Command) -> None:
         assert answer.headers["x-request-id"] == given
 
 
-def test_a_collector_that_is_gone_delays_no_stop(server: Command, collector: TraceCollector) -> None:
+def test_a_collector_that_is_gone_stops_neither_calls_nor_the_end(server: Command, collector: TraceCollector) -> None:
     collector.close()
     answer = server.client.post("/v1/completions", json={"model": "demo", "prompt": "a", "max_tokens": 2})
     assert answer.status_code == 200

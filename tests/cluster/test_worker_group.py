@@ -162,7 +162,7 @@ def test_a_checkpoint_that_cannot_be_loaded_keeps_its_error(config: EngineConfig
     group = WorkerGroup(replace(config, checkpoint=tmp_path), RANK_OPTIONS)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         group.start()
-    assert group._directory is None, "what was made for the ranks is gone"
+    assert group._folder is None, "what was made for the ranks is gone"
 
 
 def test_a_start_that_fails_before_any_rank_lives_leaves_nothing(

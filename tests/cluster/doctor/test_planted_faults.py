@@ -155,11 +155,13 @@ def test_an_address_that_this_machine_does_not_have() -> None:
     assert "has it" not in error["found"] and "--host" in error["remedy"]
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=8m tmpfs {tmp_path}"
-    error = the_error(doctor(before=mount, namespace=True, variables={"TMPDIR": str(tmp_path)}))
-    assert (error["check"], error["where"]) == ("disk", str(tmp_path))
-    assert "only 0.01 of 0.0 GiB are free" in error["found"] and "TMPDIR" in error["remedy"]
+@pytest.mark.parametrize(("variable", "place"), [("TMPDIR", "/mnt"), ("RAY_TMPDIR", None)])
+def test_a_full_disk(tmp_path: Path, variable: str, place: str | None) -> None:
+    place = place or str(tmp_path)
+    mount = f"mount -t tmpfs -o size=8m tmpfs {place}"
+    error = the_error(doctor(before=mount, namespace=True, variables={variable: place}))
+    assert (error["check"], error["where"]) == ("disk", place)
+    assert "only 0.01 of 0.0 GiB are free" in error["found"] and variable in error["remedy"]
 
 
 def test_few_open_files() -> None:
