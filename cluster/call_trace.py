@@ -16,6 +16,19 @@ from opentelemetry.util.types import AttributeValue
 from engine import Request, RequestId
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+# Facts by OpenTelemetry's conventions; others are ours.
+_ATTRIBUTES = {
+    "model": "gen_ai.request.model",
+    "response_id": "gen_ai.response.id",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+    "finish_reasons": "gen_ai.response.finish_reasons",
+    "method": "http.request.method",
+    "path": "url.path",
+    "status": "http.response.status_code",
+    "error": "error.type",
+}
+_NOT_TRACED = {"prompts", "seconds"}  # a client's text; and what the span itself says
 
 
 class CallTrace:
@@ -54,11 +67,12 @@ class CallTrace:
         if span is not None:
             span.end()
 
-    def end(self, attributes: Mapping[str, AttributeValue], error: str | None) -> None:
+    def end(self, facts: Mapping[str, AttributeValue], error: str | None) -> None:
         """The answer has been written; `error` is what the server, not the client, did wrong."""
         if not self._span.is_recording():
             return
-        self._span.set_attributes(attributes)
+        traced = {name: value for name, value in facts.items() if name not in _NOT_TRACED}
+        self._span.set_attributes({_ATTRIBUTES.get(name, f"nanoserve.{name}"): traced[name] for name in traced})
         if error is not None:
             self._span.set_status(StatusCode.ERROR, error)
         self._span.end()

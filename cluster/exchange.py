@@ -26,17 +26,6 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499  # nginx's number, for an answer that nobody was there to read
 _API_PREFIX = "/v1/"
 _KEY = "nanoserve.exchange"
-_SPAN_NAMES = {
-    "model": "gen_ai.request.model",
-    "response_id": "gen_ai.response.id",
-    "prompt_tokens": "gen_ai.usage.input_tokens",
-    "completion_tokens": "gen_ai.usage.output_tokens",
-    "finish_reasons": "gen_ai.response.finish_reasons",
-    "method": "http.request.method",
-    "path": "url.path",
-    "status": "http.response.status_code",
-    "error": "error.type",
-}  # by the semantic conventions; other facts are ours
 
 
 class Exchange:
@@ -105,11 +94,7 @@ class Exchange:
             "seconds": round(time.monotonic() - self._started, 6),
             **self.facts,
         }
-        traced = {name: value for name, value in facts.items() if name not in {"prompts", "seconds"}}
-        self.trace.end(
-            {_SPAN_NAMES.get(name, f"nanoserve.{name}"): value for name, value in traced.items()},
-            None if self._failure is None else facts["cause"],
-        )
+        self.trace.end(facts, None if self._failure is None else facts["cause"])
         # Of calls that nobody was there to take, `RefusalLog` warns for all together.
         level = logging.INFO if self._failure is None or isinstance(self._failure, ApiError) else logging.WARNING
         if status < 400 and not self._path.startswith(_API_PREFIX):
